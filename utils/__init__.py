@@ -1,0 +1,1 @@
+"""Small single-purpose modules that models, datasets, engine and scripts share."""
