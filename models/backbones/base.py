@@ -1,0 +1,75 @@
+"""What every backbone shares: the call contract, the two uses, and the PixelShuffle tail.
+
+Axes: B batch, C channels, h w LR, H W output.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.normalise import DataNorm
+from utils.errors import UserError
+
+SCALES = (2, 3, 4)
+
+
+class SRNetwork(nn.Module):
+    """A super-resolution network that can serve as a backbone.
+
+    With ``no_upsampling=False`` it is the original network: ``forward`` takes `lr` (B, 3, h, w)
+    float RGB in [0, 1] and returns (B, 3, scale h, scale w), not clamped.
+    With ``no_upsampling=True`` it is an encoder: ``forward`` takes a *normalised* image
+    (B, 3, h, w) and returns features (B, out_dim, h, w). Any h, w >= 1.
+
+    Subclasses set `out_dim` and `receptive_radius_px`, build their tail only where
+    `no_upsampling` is false, and write :meth:`features` and :meth:`reconstruct`.
+
+    Attributes:
+        out_dim: channels of the features.
+        receptive_radius_px: how many LR pixels beyond its own position a feature depends on, so
+            that tiles with this halo give exactly the whole image's features.
+        tail_radius_px: the same for the original network's tail, in LR pixels.
+        pools_globally: True where a feature also depends on statistics of the whole image.
+    """
+
+    out_dim: int
+    receptive_radius_px: int
+    tail_radius_px: int
+    pools_globally: bool = False
+    default_mean: Sequence[float] = (0.0, 0.0, 0.0)
+
+    def __init__(
+        self, *, scale: int, no_upsampling: bool, data_norm: Mapping[str, Any] | None
+    ) -> None:
+        super().__init__()
+        if not no_upsampling and scale not in SCALES:
+            raise UserError(f"scale {scale}: original networks exist for scales {SCALES}")
+        self.scale = scale
+        self.no_upsampling = no_upsampling
+        if not no_upsampling:
+            self.norm = DataNorm(data_norm, self.default_mean)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, h, w) normalised to features (B, out_dim, h, w)."""
+        raise NotImplementedError
+
+    def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
+        """Features and normalised LR to the normalised output (B, 3, scale h, scale w)."""
+        raise NotImplementedError
+
+    def forward(self, lr: Tensor) -> Tensor:
+        if self.no_upsampling:
+            return self.features(lr)
+        x = self.norm.normalise(lr)
+        return self.norm.denormalise(self.reconstruct(self.features(x), x))
+
+
+def conv3x3(in_dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:
+    """3x3 convolution that keeps the size."""
+    return nn.Conv2d(in_dim, out_dim, 3, padding=1, groups=groups)
+
+
+def shuffle_steps(scale: int) -> list[int]:
+    """PixelShuffle factors of an upsampling tail: one doubling per factor 2, or one tripling."""
+    return {2: [2], 3: [3], 4: [2, 2]}[scale]
