@@ -1,0 +1,185 @@
+"""Routing policies: one upsampler per output pixel from the classifier's logits.
+
+Probabilities p_j are the softmax of the logits over the M upsamplers, ordered light to heavy; c_j
+are the upsamplers' relative costs (:class:`utils.flops.PCSRCost`). Ties go to the lighter one.
+
+Axes: B patches (or tiles) of *one* image, M upsamplers, H W output.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from utils.errors import UserError
+
+# Beyond this k every logit is negligible; larger values would overflow float32.
+_MAX_K = 1e30
+
+# The published clustering: fast_pytorch_kmeans with max_iter 20 and tol 1e-4. Its first iteration
+# has a single centroid and only yields the start centroids, so 19 are left.
+_LLOYD_STEPS = 19
+_LLOYD_TOLERANCE = 1e-4
+_SCORE_BINS = 2**16
+_CHUNK_PIXELS = 2**20
+
+
+class Routing(Protocol):
+    """A policy that gives every output pixel one upsampler."""
+
+    def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        """Index of each pixel's upsampler.
+
+        Args:
+            logits_BMHW: the classifier's output, any float dtype, for one whole image: a policy
+                may look at all pixels together.
+            log_costs_M: natural logarithms of the upsamplers' relative costs.
+
+        Returns:
+            (B, H, W) uint8 in 0..M-1, 0 the lightest.
+
+        Raises:
+            UserError: the policy does not work with M upsamplers.
+        """
+        ...
+
+    def describe(self) -> str:
+        """The policy in a few words, for logs and tables."""
+        ...
+
+
+@dataclass(frozen=True)
+class KRouting:
+    """argmax_j p_j / c_j^k: the larger k, the cheaper; k = 0 takes the most probable upsampler.
+
+    Evaluated in the log domain, so any finite k works. With two upsamplers it is the margin rule
+    ``logit_heavy - logit_light > k ln(c_heavy / c_light)``.
+    """
+
+    k: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.k):
+            raise UserError(f"--k {self.k}: k must be a finite number")
+
+    def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        _check_count(logits_BMHW, log_costs_M)
+        k = max(-_MAX_K, min(self.k, _MAX_K))
+        lightest, *heavier = logits_BMHW.unbind(1)
+        # Scores relative to the lightest upsampler, whose own score is 0.
+        best = torch.zeros_like(lightest, dtype=torch.float32)
+        classes = torch.zeros_like(lightest, dtype=torch.uint8)
+        for j, logit in enumerate(heavier, start=1):
+            score = (logit.float() - lightest.float()) - k * (log_costs_M[j] - log_costs_M[0])
+            better = score > best
+            classes.masked_fill_(better, j)
+            best = torch.where(better, score, best)
+        return classes
+
+    def describe(self) -> str:
+        return f"k = {self.k:g}"
+
+
+@dataclass(frozen=True)
+class AdaptiveRouting:
+    """ADM: the published automatic threshold for two upsamplers.
+
+    The heavy upsampler's probability, scaled to [0, 1] over the image, is split into two clusters
+    (:func:`lloyd_threshold`); pixels of the upper one are heavy. A constant image has no spread and
+    is light throughout.
+    """
+
+    def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        _check_count(logits_BMHW, log_costs_M)
+        if logits_BMHW.shape[1] != 2:
+            raise UserError(
+                f"--adaptive works with 2 upsamplers and this model has {logits_BMHW.shape[1]}: "
+                "use --k"
+            )
+        light, heavy = logits_BMHW.float().unbind(1)
+        scores = scale_scores(torch.sigmoid(heavy - light))
+        return (scores > adaptive_threshold(scores)).to(torch.uint8)
+
+    def describe(self) -> str:
+        return "adaptive (ADM)"
+
+
+def scale_scores(p_heavy: Tensor) -> Tensor:
+    """Min-max scaling of a whole image's probabilities to [0, 1]; a constant image becomes 0."""
+    low, high = torch.aminmax(p_heavy)
+    return (p_heavy - low) / (high - low).clamp_min(torch.finfo(p_heavy.dtype).tiny)
+
+
+def adaptive_threshold(scores: Tensor) -> float:
+    """ADM's threshold: pixels with a score *above* it are heavy.
+
+    Args:
+        scores: any shape, float in [0, 1], of a whole image.
+    """
+    return lloyd_threshold(*score_histogram(scores).cpu().numpy())
+
+
+def score_histogram(scores: Tensor) -> Tensor:
+    """Histogram of scores in [0, 1]: (2, bins) float64, each bin's count and its scores' sum.
+
+    Histograms of an image's tiles add up to the image's. One pass in constant memory, without
+    waiting for the device.
+    """
+    histogram = torch.zeros(2, _SCORE_BINS, dtype=torch.float64, device=scores.device)
+    one = histogram.new_ones(())
+    for chunk in scores.flatten().split(_CHUNK_PIXELS):
+        # Clamped: 1.0 belongs to the last bin, and NaN must not become an index out of range.
+        bins = (chunk * _SCORE_BINS).to(torch.int32).clamp_(0, _SCORE_BINS - 1)
+        histogram[0].index_add_(0, bins, one.expand(len(bins)))
+        histogram[1].index_add_(0, bins, chunk.double())
+    return histogram
+
+
+def lloyd_threshold(counts: NDArray[np.float64], sums: NDArray[np.float64]) -> float:
+    """Two clusters by Lloyd's iterations, as the threshold between them.
+
+    In one dimension an assignment is a threshold half-way between the centroids. They start at 0
+    and at the mean of all scores; an empty cluster's centroid becomes 0; the iterations end when
+    the sum of the squared centroid moves is at most 1e-4, or after the published number of them.
+    What counts is the last assignment, not the centroids computed from it.
+
+    Args:
+        counts, sums: scores in groups of ascending value: how many, and the sum of their values.
+            A group goes to one cluster as a whole, so its width is the precision. Empty groups
+            are fine.
+
+    Returns:
+        the last threshold; scores above it make up the upper cluster.
+    """
+    filled = counts > 0
+    values = sums[filled] / counts[filled]
+    counts_below = np.concatenate([[0.0], np.cumsum(counts[filled])])
+    sums_below = np.concatenate([[0.0], np.cumsum(sums[filled])])
+    light, heavy = 0.0, float(sums_below[-1] / counts_below[-1])
+    for _ in range(_LLOYD_STEPS):
+        threshold = (light + heavy) / 2
+        split = int(np.searchsorted(values, threshold, side="right"))
+        below = _mean(sums_below[split], counts_below[split])
+        above = _mean(sums_below[-1] - sums_below[split], counts_below[-1] - counts_below[split])
+        moved = (below - light) ** 2 + (above - heavy) ** 2
+        light, heavy = below, above
+        if moved <= _LLOYD_TOLERANCE:
+            break
+    return threshold
+
+
+def _mean(total: float, count: float) -> float:
+    return float(total / count) if count > 0 else 0.0
+
+
+def _check_count(logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> None:
+    if logits_BMHW.ndim != 4 or logits_BMHW.shape[1] != len(log_costs_M):
+        raise ValueError(
+            f"routing: logits (B, M, H, W) and M costs expected, got {tuple(logits_BMHW.shape)} "
+            f"and {len(log_costs_M)} costs"
+        )
