@@ -1,0 +1,1 @@
+"""Image folders, pairs, resizing, sampling and the scripts that prepare data."""
