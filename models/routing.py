@@ -1,7 +1,7 @@
 """Routing policies: one upsampler per output pixel from the classifier's logits.
 
 Probabilities p_j are the softmax of the logits over the M upsamplers, ordered light to heavy; c_j
-are the upsamplers' relative costs (:class:`utils.flops.PCSRCost`). Ties go to the lighter one.
+are the upsamplers' relative costs (:meth:`utils.flops.PcsrCost.log_costs`). Ties go to the lighter.
 
 Axes: B patches (or tiles) of *one* image, M upsamplers, H W output.
 """
@@ -9,7 +9,7 @@ Axes: B patches (or tiles) of *one* image, M upsamplers, H W output.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -30,14 +30,21 @@ _CHUNK_PIXELS = 2**20
 
 
 class Routing(Protocol):
-    """A policy that gives every output pixel one upsampler."""
+    """A policy that gives every output pixel one upsampler.
+
+    Attributes:
+        is_global: True where a pixel's class depends on the other pixels, so that an image's
+            patches must be routed together.
+    """
+
+    is_global: ClassVar[bool]
 
     def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
         """Index of each pixel's upsampler.
 
         Args:
-            logits_BMHW: the classifier's output, any float dtype, for one whole image: a policy
-                may look at all pixels together.
+            logits_BMHW: the classifier's output, any float dtype; of one whole image where the
+                policy is global.
             log_costs_M: natural logarithms of the upsamplers' relative costs.
 
         Returns:
@@ -61,6 +68,7 @@ class KRouting:
     ``logit_heavy - logit_light > k ln(c_heavy / c_light)``.
     """
 
+    is_global: ClassVar[bool] = False
     k: float = 0.0
 
     def __post_init__(self) -> None:
@@ -86,6 +94,22 @@ class KRouting:
 
 
 @dataclass(frozen=True)
+class FixedRouting:
+    """The same upsampler everywhere; negative indices count from the heaviest, -1."""
+
+    is_global: ClassVar[bool] = False
+    index: int
+
+    def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        _check_count(logits_BMHW, log_costs_M)
+        index = range(len(log_costs_M))[self.index]
+        return torch.full_like(logits_BMHW[:, 0], index, dtype=torch.uint8)
+
+    def describe(self) -> str:
+        return "all-heavy" if self.index == -1 else f"upsampler {self.index} everywhere"
+
+
+@dataclass(frozen=True)
 class AdaptiveRouting:
     """ADM: the published automatic threshold for two upsamplers.
 
@@ -93,6 +117,8 @@ class AdaptiveRouting:
     (:func:`lloyd_threshold`); pixels of the upper one are heavy. A constant image has no spread and
     is light throughout.
     """
+
+    is_global: ClassVar[bool] = True
 
     def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
         _check_count(logits_BMHW, log_costs_M)

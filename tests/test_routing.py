@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.routing import AdaptiveRouting, KRouting, Routing, adaptive_threshold, scale_scores
+from models.routing import (
+    AdaptiveRouting,
+    FixedRouting,
+    KRouting,
+    Routing,
+    adaptive_threshold,
+    scale_scores,
+)
 from utils.errors import UserError
 
 CARN_COSTS = (math.log(0.3188), math.log(0.6812))
@@ -50,6 +57,13 @@ def test_k_large(k: float) -> None:
 def test_k_must_be_finite(k: float) -> None:
     with pytest.raises(UserError, match=f"--k {k}"):
         KRouting(k)
+
+
+def test_fixed_counts_from_either_end() -> None:
+    logits = torch.zeros(1, 3, 2, 2)
+    for index, expected in [(0, 0), (1, 1), (-1, 2)]:
+        classes = FixedRouting(index).classes(logits, (-1.2, -1.1, -1.0))
+        assert classes.tolist() == [[[expected] * 2] * 2]
 
 
 def test_adaptive_is_the_published_clustering() -> None:
