@@ -60,21 +60,24 @@ def _resize_rows(image: torch.Tensor, length: int, scale: float) -> torch.Tensor
     return resized
 
 
-def imresize_uint8(rgb: np.ndarray, scale: float) -> np.ndarray:
-    """Resize in uint8 mode.
+def imresize_uint8(
+    rgb: np.ndarray, scale: float | None = None, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Resize in uint8 mode. Give either `scale` or `size`, as for `imresize`.
 
     Args:
         rgb: (H, W, C) uint8.
-        scale: output size per input size, as for `imresize`.
+        scale: output size per input size.
+        size: (H, W) of the output.
 
     Returns:
-        (ceil(H * scale), ceil(W * scale), C) uint8.
+        (H', W', C) uint8.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3:
         raise ValueError(f"rgb must be (H, W, C) uint8, not {rgb.shape} {rgb.dtype}")
-    for axis in (0, 1):
-        length = output_length(rgb.shape[axis], scale)
-        weights, indices = _contributions(rgb.shape[axis], length, scale, "replicate")
+    for dim, axis_scale, length in _plan(rgb.shape[0], rgb.shape[1], scale, size):
+        axis = dim + 2
+        weights, indices = _contributions(rgb.shape[axis], length, axis_scale, "replicate")
         weights = weights.reshape(-1, length, *[1] * (2 - axis))
         resized = weights[0] * rgb.take(indices[0], axis=axis)
         for tap_weights, tap_indices in zip(weights[1:], indices[1:], strict=True):
