@@ -82,7 +82,7 @@ class PCSR(nn.Module):
 
     def forward(self, lr: Tensor, size: tuple[int, int]) -> Tensor:
         """Every pixel through the heaviest upsampler: (B, 3, H, W)."""
-        grid = PixelGrid.build(lr.shape[-2:], size, lr.device)
+        grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
         residual = self.upsamplers[-1].dense(self.encode(lr), grid)
         return residual * self.norm.std + self.skip(lr, size)
 
@@ -95,7 +95,7 @@ class PCSR(nn.Module):
         """
         if self.classifier is None:
             raise UserError("PCSR: a phase 0 model has no classifier")
-        grid = PixelGrid.build(lr.shape[-2:], size, lr.device)
+        grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
         *lights, heavy = self.upsamplers
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             feat = self.encode(lr)

@@ -32,6 +32,11 @@ class Registry:
         """All registered names, sorted."""
         return sorted(self._builders)
 
+    def defaults(self, name: str) -> dict[str, Any]:
+        """The default arguments of the builder registered as `name`."""
+        parameters = inspect.signature(self._builders[name]).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
     def register(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the decorated builder as `name`. A name that is taken raises ValueError."""
 

@@ -1,0 +1,98 @@
+"""Optimisers and learning-rate schedules by their config names."""
+
+import bisect
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.registry import Registry
+
+OPTIMIZERS = Registry("optimizer")
+SCHEDULERS = Registry("lr_scheduler")
+
+
+@OPTIMIZERS.register("adam")
+def make_adam(
+    *,
+    params: Iterable[nn.Parameter],
+    lr: float,
+    betas: Sequence[float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+) -> torch.optim.Adam:
+    """Adam; the arguments are torch's."""
+    if not lr > 0:
+        raise UserError(f"config: `optimizer.args.lr` must be positive, not {lr}")
+    b1, b2 = betas
+    return torch.optim.Adam(params, lr=lr, betas=(b1, b2), weight_decay=weight_decay, eps=eps)
+
+
+@SCHEDULERS.register("CosineAnnealingLR_Restart")
+class CosineRestart:
+    """Cosine annealing with restarts.
+
+    With last restart r, its period T and weight w, step t has the rate
+    ``eta_min + (w lr0 - eta_min) (1 + cos(pi (t - r) / T)) / 2``; a restart happens at
+    ``t = restarts[i] + 1``. The rate is a function of t alone, so resuming needs only t.
+
+    Args:
+        optimizer: whose groups' rates are set; their rates at construction (or `initial_lr`,
+            which torch keeps in a loaded state) are lr0.
+        T_period: periods: the first, then one per restart. Where the list is shorter than the
+            restarts, its last entry goes on.
+        restarts: steps after which a restart happens, ascending.
+        weights: one factor per restart.
+        eta_min: the lowest rate.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer: torch.optim.Optimizer,
+        T_period: Sequence[int],
+        restarts: Sequence[int] = (),
+        weights: Sequence[float] = (),
+        eta_min: float = 0.0,
+    ) -> None:
+        if not T_period or min(T_period) < 1 or sorted(restarts) != list(restarts):
+            raise UserError(
+                "config: `lr_scheduler.args`: T_period takes positive iterations, restarts ascend"
+            )
+        if len(weights) < len(restarts):
+            raise UserError("config: `lr_scheduler.args.weights` needs one entry per restart")
+        self.optimizer = optimizer
+        self.periods = list(T_period)
+        self.restarts = [r + 1 for r in restarts]
+        self.weights = list(weights)
+        self.eta_min = eta_min
+        self.step_count = 0
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.set_step(0)
+
+    def rate(self, lr0: float, step: int) -> float:
+        """The learning rate of `step`, counted from 0."""
+        done = bisect.bisect_right(self.restarts, step)
+        start = self.restarts[done - 1] if done else 0
+        weight = self.weights[done - 1] if done else 1.0
+        period = self.periods[min(done, len(self.periods) - 1)]
+        cosine = (1 + math.cos(math.pi * (step - start) / period)) / 2
+        return self.eta_min + (weight * lr0 - self.eta_min) * cosine
+
+    def set_step(self, step: int) -> None:
+        """Set every group's rate to that of `step`."""
+        self.step_count = step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(group["initial_lr"], step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step; everything else is the spec's."""
+        return {"step": self.step_count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at the saved step."""
+        self.set_step(int(state["step"]))

@@ -1,0 +1,51 @@
+"""The command line of train.py and train_pcsr.py."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.trainer import TrainOptions, train
+from utils.cli import Parser, add_config_words, add_device_words, check_device_words
+from utils.config import Config, load_config
+from utils.distributed import world
+from utils.log import set_up
+
+
+def make_parser(description: str, example: str) -> Parser:
+    """Parser of a training script."""
+    parser = Parser(description=description, example=example)
+    add_config_words(parser)
+    add_device_words(parser)
+    parser.add_argument(
+        "--save_dir",
+        type=Path,
+        metavar="DIR",
+        help="Folder of the run: checkpoint, log, resolved config. Default: save/<config name>.",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto continues the run in the folder, never starts anew (the checkpoint that is "
+        "there is kept under another name), a path continues from that checkpoint.",
+    )
+    return parser
+
+
+def main(parser: Parser, check: Callable[[Config], None]) -> int:
+    """Parse the command line and train.
+
+    Args:
+        check: raises UserError for configs that belong to the other script.
+    """
+    args = parser.parse_args()
+    check_device_words(args)
+    config = load_config(args.config, args.overrides)
+    check(config)
+    options = TrainOptions(
+        save_dir=args.save_dir or Path("save") / config.name,
+        resume=args.resume,
+        init=getattr(args, "init", None),
+    )
+    with world(args.device, args.gpu) as current:
+        set_up(options.save_dir / "log.txt", main=current.is_main)
+        return train(config, options, current)

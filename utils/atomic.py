@@ -1,0 +1,36 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it replaces `path`, on failure it goes.
+
+    The content is flushed to the disk before the replacement, so a crash or a full disk leaves
+    the old file as it was. Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: writers choose the format by it.
+    temporary = path.with_name(
+        f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}"
+    )
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,183 @@
+"""Checkpoints: spec and tensors in one file, loaded without running anything it holds.
+
+Format: ``{model: {name, args, sd}, optimizer: {...}, lr_scheduler: {...}, iter}``; released weights
+hold `model` and `iter`. Published checkpoints of the same format load as they are.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from utils.atomic import replace_file
+from utils.errors import UserError
+from utils.registry import nearest
+
+LAST_NAME = "iter_last.pth"
+RELEASE_NAME = "release.pth"
+# Buffers that published checkpoints lack: they come from the config or the backbone's default.
+_OPTIONAL = ("norm.mean", "norm.std")
+
+
+def find_weights(save_dir: Path) -> Path:
+    """The weights of a run: ``iter_last.pth`` where it is there, else ``release.pth``.
+
+    Raises:
+        UserError: neither is there.
+    """
+    for name in (LAST_NAME, RELEASE_NAME):
+        if (save_dir / name).is_file():
+            return save_dir / name
+    raise UserError(
+        f"no weights in {save_dir} ({LAST_NAME} or {RELEASE_NAME}): train the model, "
+        f"or name a checkpoint with --weights"
+    )
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU. Only tensors and plain values are accepted.
+
+    A bare state dict is returned as ``{"model": {"sd": ...}}``.
+
+    Raises:
+        UserError: missing, damaged, holding Python objects, or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "allowlist" in str(error):
+            raise UserError(
+                f"checkpoint {path} refused: it holds Python objects, which could run code on "
+                f"loading; only tensors and plain values are accepted"
+            ) from error
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged or not a checkpoint ({_first_line(error)})"
+        ) from error
+    except Exception as error:
+        # The restricted unpickler meets arbitrary bytes: IndexError, AttributeError, TypeError,
+        # struct.error and others all mean the same.
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint") from error
+    return _as_checkpoint(content, path)
+
+
+def build_model(
+    checkpoint: Mapping[str, Any], path: str | Path, data_norm: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Build the model that a checkpoint describes and load its weights; in eval mode.
+
+    Args:
+        data_norm: the config's, for checkpoints that do not hold mean and std.
+
+    Raises:
+        UserError: no spec, or weights that do not fit it.
+    """
+    spec = checkpoint["model"]
+    if "name" not in spec:
+        raise UserError(f"checkpoint {path} holds no model spec: name its config with --config")
+    try:
+        model = models.make(spec, data_norm=data_norm)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
+    load_weights(model, spec["sd"], path)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load `state` strictly, but for mean and std, which may be absent.
+
+    Raises:
+        UserError: missing, unexpected or differently shaped tensors, the first of them named.
+    """
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = model.state_dict()
+    missing = [key for key in own if key not in state and key not in _OPTIONAL]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"checkpoint {source} is of another model: {'; '.join(problems)}")
+    model.load_state_dict(state, strict=False)
+
+
+def check_same_model(config_spec: Mapping[str, Any], spec: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint whose model is not the config's.
+
+    PCSR models agree where the parts that both have agree, so a phase 0 checkpoint passes for
+    its phase 1 config.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    if "name" not in spec:
+        return
+    ours, theirs = _full_args(config_spec), _full_args(spec)
+    pcsr = all(s["name"].startswith("pcsr") for s in (config_spec, spec))
+    if config_spec["name"] != spec["name"] and not pcsr:
+        raise UserError(
+            f"checkpoint {path} holds `{spec['name']}`, the config asks for `{config_spec['name']}`"
+        )
+    for key in ours.keys() & theirs.keys():
+        if ours[key] != theirs[key]:
+            raise UserError(
+                f"checkpoint {path} is of another model: its `{key}` is {theirs[key]}, "
+                f"the config's is {ours[key]}"
+            )
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that at any moment `path` is whole: the old one or the new one.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    try:
+        with replace_file(path) as temporary:
+            torch.save(dict(content), temporary)
+    except (OSError, RuntimeError) as error:
+        kept = "the one before is kept" if path.is_file() else "nothing was written"
+        raise UserError(f"cannot save {path}: {_first_line(error)}; {kept}") from error
+
+
+def _as_checkpoint(content: Any, path: Path) -> dict[str, Any]:
+    if isinstance(content, dict):
+        model = content.get("model")
+        if isinstance(model, dict) and isinstance(model.get("sd"), dict):
+            return content
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return {"model": {"sd": content}}
+    hint = nearest("model", content) if isinstance(content, dict) else ""
+    raise UserError(f"checkpoint {path} is not one of this format: no `model` with `sd`{hint}")
+
+
+def _full_args(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's arguments with the builder's defaults filled in, recursively."""
+    args = dict(spec.get("args") or {})
+    if spec.get("name") in models.MODELS:
+        args = {**models.MODELS.defaults(spec["name"]), **args}
+    args.pop("data_norm", None)
+    return {
+        key: _full_args(value) if isinstance(value, Mapping) and "name" in value else value
+        for key, value in args.items()
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

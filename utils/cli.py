@@ -1,0 +1,94 @@
+"""What all command lines share: the words, and how errors end them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from utils.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser that shows defaults, keeps the layout of epilogs, and errs in one line."""
+
+    def __init__(self, *, description: str, example: str) -> None:
+        super().__init__(
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        self.exit(EXIT_USER_ERROR, f"error: {message} (see {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults in the help of each option; the epilog's line breaks are kept."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit: with its code, with 2 and one line for wrong input.
+
+    A ValueError or OSError is the user's to put right (a bad value, a missing or unwritable file);
+    anything else is a defect and keeps its traceback. PCSR_TRACEBACK=1 shows them all.
+    """
+    try:
+        code = main()
+    except (UserError, ValueError, OSError) as error:
+        if os.environ.get("PCSR_TRACEBACK"):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code or 0)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def add_config_words(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """``--config`` and ``--set``."""
+    parser.add_argument(
+        "--config", required=required, metavar="YAML", help="Config file, see configs/."
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY.PATH=VALUE",
+        help="Override one key of the config; may be given several times.",
+    )
+
+
+def add_device_words(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and its older alias ``--gpu``."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="Where to compute: auto (the best there is), cpu, cuda, cuda:N or mps.",
+    )
+    parser.add_argument("--gpu", metavar="N", help="GPU index; the same as --device cuda:N.")
+
+
+def check_device_words(args: argparse.Namespace) -> None:
+    """Refuse ``--gpu`` beside a different ``--device``."""
+    if args.gpu is not None and args.device not in ("auto", "cuda", f"cuda:{args.gpu}"):
+        raise UserError(f"--gpu {args.gpu} and --device {args.device} contradict each other")

@@ -1,0 +1,231 @@
+"""Configs: YAML files in the ``{name, args}`` grammar, checked key by key before anything runs."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+from utils.registry import nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that refuses duplicate keys and reads ``2e-4`` as the number it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Build a mapping; a key given twice is an error, not an override."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"config: key `{key}` is given twice (line {line})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """One data set: what it holds, how samples are made of it, and how they are loaded.
+
+    Attributes:
+        dataset: spec of the image source.
+        wrapper: spec of what makes (LR, HR) samples of it.
+        batch_size: samples per iteration, over all ranks.
+        num_workers: loader processes, over all ranks.
+        scales: scales to validate at.
+    """
+
+    dataset: dict[str, Any]
+    wrapper: dict[str, Any]
+    batch_size: int = 1
+    num_workers: int = 0
+    scales: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked config. Attribute names are the YAML's keys.
+
+    Attributes:
+        name: file name without suffix; names the folder below ``save/``.
+        model: model spec. `optimizer`, `lr_scheduler` likewise.
+        phase: 0 or 1 for PCSR, None for original networks.
+        psnr_type: "rgb" or "y", the channels that PSNR and SSIM are taken on.
+        patch_size, step: patch-wise evaluation, in LR pixels.
+        data_norm: ``{mean, std}`` on RGB in [0, 1], or None for the backbone's default.
+        loss_rgb_w, loss_avg_w: weights of phase 1's two losses.
+        iter_max, iter_print, iter_val, iter_save: in iterations.
+        iter_save_s: save at least this often, in seconds; None for `iter_save` alone.
+        scale: the original network's scale.
+        seed: of weights and samples; None draws one.
+        init: phase 1's starting weights; None for the phase 0 config's.
+        precision: "fp32" or "bf16" (autocast) arithmetic in training.
+        channels_last: memory layout of the convolutions in training.
+        raw: the whole config as read, overrides applied.
+    """
+
+    name: str
+    model: dict[str, Any]
+    phase: int | None = None
+    train_dataset: DataConfig | None = None
+    valid_dataset: DataConfig | None = None
+    test_dataset: DataConfig | None = None
+    psnr_type: str = "y"
+    patch_size: int = 32
+    step: int = 28
+    data_norm: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    lr_scheduler: dict[str, Any] | None = None
+    loss_rgb_w: float = 1000.0
+    loss_avg_w: float = 3.0
+    iter_max: int = 0
+    iter_print: int = 100
+    iter_val: int = 0
+    iter_save: int = 1000
+    iter_save_s: float | None = None
+    scale: int | None = None
+    seed: int | None = None
+    init: str | None = None
+    precision: str = "fp32"
+    channels_last: bool = False
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+_CHOICES = {
+    "phase": (0, 1),
+    "psnr_type": ("rgb", "y"),
+    "precision": ("fp32", "bf16"),
+}
+_AT_LEAST_ONE = ("patch_size", "step", "iter_print", "batch_size", "iter_save", "scale")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a config file.
+
+    Args:
+        path: YAML file.
+        overrides: ``key.path=value`` strings; values are read as YAML.
+
+    Raises:
+        UserError: no such file, not YAML, unknown or missing key, or a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {error}") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"config: {path} must hold a mapping of keys")
+    for override in overrides:
+        _apply_override(raw, override)
+    return check_config(raw, path.stem)
+
+
+def check_config(raw: Mapping[str, Any], name: str) -> Config:
+    """Turn a plain mapping into a :class:`Config`; see :func:`load_config` for what it raises."""
+    if "model" not in raw:
+        raise UserError("config: key `model` is missing")
+    values = _check_keys(raw, Config, "", skip=("name", "raw"))
+    return Config(name=name, raw=copy.deepcopy(dict(raw)), **values)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse one YAML document; UserError names `source` and the line where it is malformed."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(f"config: {source}: {problem}{place}") from error
+
+
+def dump_yaml(raw: Mapping[str, Any]) -> str:
+    """The config as YAML text, keys in the order of the file."""
+    return yaml.safe_dump(dict(raw), sort_keys=False, default_flow_style=None, width=100)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: expected key.path=value")
+    *parents, last = key.strip().split(".")
+    node: Any = raw
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: `{parent}` is not a mapping")
+        node = child
+    node[last] = parse_yaml(value, f"--set {override}")
+
+
+def _check_keys(raw: Mapping[str, Any], cls: type, where: str, skip: Sequence[str] = ()) -> dict:
+    known = {f.name: f for f in fields(cls) if f.name not in skip}
+    values = {}
+    for key, value in raw.items():
+        if key not in known:
+            raise UserError(f"config: unknown key `{where}{key}`{nearest(key, known)}")
+        if value is not None:
+            values[key] = _check_value(known[key].type, value, f"{where}{key}", key)
+    return values
+
+
+def _check_value(kind: Any, value: Any, where: str, key: str) -> Any:
+    checked = _convert(str(kind), value, where)
+    if key in _CHOICES and checked not in _CHOICES[key]:
+        choices = ", ".join(str(c) for c in _CHOICES[key])
+        raise UserError(f"config: `{where}` must be one of {choices}, not {value!r}")
+    if key in _AT_LEAST_ONE and checked < 1:
+        raise UserError(f"config: `{where}` must be at least 1, not {value!r}")
+    return checked
+
+
+def _convert(kind: str, value: Any, where: str) -> Any:
+    if "DataConfig" in kind:
+        return _data_config(value, where)
+    if "dict" in kind:
+        return _expect(isinstance(value, dict), value, where, "a mapping")
+    if "list" in kind:
+        numbers = isinstance(value, list) and all(_is_number(v) for v in value)
+        return _expect(numbers, value, where, "a list of numbers")
+    if "bool" in kind:
+        return _expect(isinstance(value, bool), value, where, "true or false")
+    if "str" in kind:
+        return _expect(isinstance(value, str), value, where, "text")
+    if "float" in kind:
+        return float(_expect(_is_number(value), value, where, "a number"))
+    whole = _is_number(value) and float(value).is_integer()
+    return int(_expect(whole and value >= 0, value, where, "a whole number"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _expect(good: bool, value: Any, where: str, what: str) -> Any:
+    if not good:
+        raise UserError(f"config: `{where}` must be {what}, not {value!r}")
+    return value
+
+
+def _data_config(value: Any, where: str) -> DataConfig:
+    _expect(isinstance(value, dict), value, where, "a mapping with `dataset` and `wrapper`")
+    for key in ("dataset", "wrapper"):
+        if key not in value:
+            raise UserError(f"config: `{where}.{key}` is missing")
+    return DataConfig(**_check_keys(value, DataConfig, f"{where}."))
