@@ -1,0 +1,220 @@
+"""One image from LR to SR, with what it cost: what the test scripts and the demo share.
+
+Axes: h w LR, H W output, M upsamplers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones.base import SRNetwork
+from models.inference import (
+    PATCH_BATCH_SIZE,
+    PIXEL_BATCH_SIZE,
+    patch_corners,
+    super_resolve,
+    super_resolve_patches,
+)
+from models.pcsr import PCSR
+from models.routing import KRouting, Routing
+from utils.checkpoint import build_model, check_same_model, load_checkpoint
+from utils.config import Config
+from utils.errors import UserError
+from utils.flops import PcsrCost, executed_flops, paper_flops
+from utils.machine import Timer
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patch-wise inference: overlapping patches, overlaps averaged.
+
+    Attributes:
+        size, step: in LR pixels.
+        batch_size: patches that go through the network at once.
+    """
+
+    size: int = 32
+    step: int = 28
+    batch_size: int = PATCH_BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A super-resolved image and its cost.
+
+    Attributes:
+        sr: (3, H, W) float32 RGB on the device, not clamped.
+        classes: (H, W) uint8, each pixel's upsampler, 0 the lightest; None for original networks.
+        shares: share of the computed pixels per upsampler, light to heavy; empty for originals.
+        flops_paper, flops_executed: see `utils.flops`.
+        time_s: synchronised wall-clock time of the network, from LR on the device to SR.
+    """
+
+    sr: Tensor
+    classes: Tensor | None
+    shares: list[float]
+    flops_paper: int
+    flops_executed: int
+    time_s: float
+
+
+class OriginalRestorer:
+    """Runs an original network.
+
+    Args:
+        model: built with `no_upsampling: false`, in eval mode, on its device.
+        patches: work patch by patch; None for whole images.
+    """
+
+    def __init__(self, model: SRNetwork, patches: Patches | None = None) -> None:
+        self.model = model
+        self.patches = patches
+
+    @property
+    def scale(self) -> int:
+        """The network's scale."""
+        return self.model.scale
+
+    @torch.inference_mode()
+    def __call__(self, lr: Tensor) -> Restored:
+        """`lr` (3, h, w) float RGB in [0, 1] on the model's device; SR is (3, scale h, scale w)."""
+        with Timer(lr.device) as timer:
+            sr, encoded = (self._whole if self.patches is None else self._patched)(lr[None])
+        count, *shape = encoded
+        flops = [f(self.model, (1, *shape)) * count for f in (paper_flops, executed_flops)]
+        return Restored(sr[0], None, [], flops[0], flops[1], timer.elapsed_s)
+
+    def _whole(self, lr: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        return self.model(lr), (1, *lr.shape[1:])  # type: ignore[return-value]
+
+    def _patched(self, lr: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        assert self.patches is not None
+        s = self.scale
+        h, w = lr.shape[-2:]
+        corners, (ph, pw) = patch_corners((h, w), self.patches.size, self.patches.step)
+        patches = torch.cat([lr[..., y : y + ph, x : x + pw] for y, x in corners])
+        total, weight = lr.new_zeros(3, h * s, w * s), lr.new_zeros(h * s, w * s)
+        parts = patches.split(self.patches.batch_size)
+        outputs = torch.cat([self.model(part) for part in parts])
+        for (y, x), output in zip(corners, outputs, strict=True):
+            area = (slice(y * s, (y + ph) * s), slice(x * s, (x + pw) * s))
+            total[:, *area] += output
+            weight[area] += 1
+        return (total / weight)[None], (len(corners), 3, ph, pw)
+
+
+class PcsrRestorer:
+    """Runs a PCSR model of any phase.
+
+    Args:
+        model: in eval mode, on its device.
+        routing: which upsampler each pixel gets.
+        refinement: smooth the borders between regions of different upsamplers.
+        pixel_batch_size: pixels that go through an MLP at once.
+        patches: work patch by patch; None for whole images.
+    """
+
+    def __init__(
+        self,
+        model: PCSR,
+        routing: Routing | None = None,
+        *,
+        refinement: bool = True,
+        pixel_batch_size: int = PIXEL_BATCH_SIZE,
+        patches: Patches | None = None,
+    ) -> None:
+        self.model = model
+        self.routing = routing or KRouting(0.0)
+        self.refinement = refinement
+        self.pixel_batch_size = pixel_batch_size
+        self.patches = patches
+        self.cost = PcsrCost.of(model)
+
+    @torch.inference_mode()
+    def __call__(self, lr: Tensor, size: tuple[int, int]) -> Restored:
+        """`lr` (3, h, w) float RGB in [0, 1] on the model's device to SR of `size` (H, W)."""
+        lr_size = (lr.shape[-2], lr.shape[-1])
+        log_costs = self.cost.log_costs(lr_size, size)
+        common: dict[str, Any] = {
+            "refinement": self.refinement,
+            "pixel_batch_size": self.pixel_batch_size,
+        }
+        with Timer(lr.device) as timer:
+            if self.patches is None:
+                result = super_resolve(
+                    self.model, lr[None], size, self.routing, log_costs, **common
+                )
+            else:
+                result = super_resolve_patches(
+                    self.model,
+                    lr[None],
+                    _common_scale(lr_size, size),
+                    self.routing,
+                    log_costs,
+                    patch_size=self.patches.size,
+                    step=self.patches.step,
+                    patch_batch_size=self.patches.batch_size,
+                    **common,
+                )
+        count, *encoded = result.encoded_size
+        counts = result.pixel_counts
+        return Restored(
+            sr=result.sr[0],
+            classes=result.classes[0],
+            shares=[n / sum(counts) for n in counts],
+            flops_paper=self.cost.paper_total((encoded[0], encoded[1]), counts, patches=count),
+            flops_executed=self.cost.executed_reference_total(
+                (encoded[0], encoded[1]), counts, patches=count
+            ),
+            time_s=timer.elapsed_s,
+        )
+
+
+def load_model(path: Path, device: torch.device, config: Config | None = None) -> nn.Module:
+    """Build a checkpoint's model with its weights, in eval mode on `device`.
+
+    Args:
+        config: where given, the checkpoint must be of its model (a PCSR checkpoint may be of
+            either phase), and its `data_norm` serves checkpoints that hold none.
+
+    Raises:
+        UserError: see `utils.checkpoint`.
+    """
+    checkpoint = load_checkpoint(path)
+    data_norm = None
+    if config is not None:
+        check_same_model(config.model, checkpoint["model"], path)
+        data_norm = config.data_norm
+        if "name" not in checkpoint["model"]:
+            checkpoint["model"] = {**config.model, "sd": checkpoint["model"]["sd"]}
+    return build_model(checkpoint, path, data_norm).to(device)
+
+
+def load_original(path: Path, device: torch.device, config: Config | None = None) -> SRNetwork:
+    """:func:`load_model` for original networks; UserError where it is not one."""
+    model = load_model(path, device, config)
+    if not isinstance(model, SRNetwork) or model.no_upsampling:
+        raise UserError(f"checkpoint {path} is not an original super-resolution network")
+    return model
+
+
+def load_pcsr(path: Path, device: torch.device, config: Config | None = None) -> PCSR:
+    """:func:`load_model` for PCSR models of any phase; UserError where it is not one."""
+    model = load_model(path, device, config)
+    if not isinstance(model, PCSR):
+        raise UserError(f"checkpoint {path} is not a PCSR model")
+    return model
+
+
+def _common_scale(lr_size: tuple[int, int], size: tuple[int, int]) -> float:
+    """The scale where it is the same on both axes; UserError otherwise."""
+    scale_y, scale_x = size[0] / lr_size[0], size[1] / lr_size[1]
+    if abs(scale_y - scale_x) > 1e-6:
+        raise UserError(
+            f"patch mode needs one scale for both axes, not {scale_y:g} and {scale_x:g}: "
+            f"use --per_image"
+        )
+    return scale_y
