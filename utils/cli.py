@@ -1,6 +1,7 @@
 """What all command lines share: the words, and how errors end them."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -61,6 +62,37 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def finite_float(text: str) -> float:
+    """`type=` of an option that takes any number but nan and the infinities."""
+    return _number(text, math.isfinite, "a finite number")
+
+
+def positive_float(text: str) -> float:
+    """`type=` of an option that takes a finite number above 0."""
+    return _number(text, lambda value: math.isfinite(value) and value > 0, "a number above 0")
+
+
+def positive_int(text: str) -> int:
+    """`type=` of an option that takes a whole number from 1 on."""
+    return int(_number(text, lambda value: value >= 1, "a whole number, at least 1", int))
+
+
+def _number(
+    text: str,
+    is_good: Callable[[float], bool],
+    expected: str,
+    convert: Callable[[str], float] = float,
+) -> float:
+    try:
+        value = convert(text)
+        good = is_good(value)
+    except (ValueError, OverflowError):
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"expected {expected}, not `{text}`")
+    return value
 
 
 def add_config_words(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

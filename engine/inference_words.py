@@ -1,0 +1,110 @@
+"""The command-line words of everything that runs a PCSR model: test_pcsr.py and the demo."""
+
+import argparse
+import os
+from pathlib import Path
+
+from models.inference import PIXEL_BATCH_SIZE
+from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
+from utils.cli import finite_float, positive_int
+from utils.errors import UserError
+
+_HEAVIEST = -1
+
+
+def add_weights_word(parser: argparse.ArgumentParser) -> None:
+    """``--weights``."""
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="Checkpoint of the model. Default: iter_last.pth in save/<config name>/, else "
+        "release.pth there.",
+    )
+
+
+def add_json_word(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument(
+        "--json",
+        type=output_file,
+        metavar="PATH",
+        help="Also write every number to this file.",
+    )
+
+
+def add_routing_words(parser: argparse.ArgumentParser) -> None:
+    """Which upsampler each pixel gets, and what happens to it then; see :func:`routing_from`."""
+    parser.add_argument(
+        "--k",
+        type=finite_float,
+        default=0.0,
+        metavar="NUMBER",
+        help="Trade-off: each pixel gets the upsampler with the largest probability / cost^k. "
+        "0 takes the most probable one; the larger, the cheaper; below 0 the better.",
+    )
+    parser.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="Find the threshold between easy and hard pixels for each image; --k is then ignored.",
+    )
+    parser.add_argument(
+        "--upsampler",
+        type=_upsampler,
+        metavar="heavy|light|INDEX",
+        help="Send every pixel to one upsampler (INDEX counts from 0, the lightest); --k is then "
+        "ignored.",
+    )
+    parser.add_argument(
+        "--no_refinement",
+        action="store_true",
+        help="Do not smooth the borders between regions that different upsamplers made.",
+    )
+    parser.add_argument(
+        "--pixel_batch_size",
+        type=positive_int,
+        default=PIXEL_BATCH_SIZE,
+        metavar="N",
+        help="Pixels that go through an upsampler at once: fewer take less memory.",
+    )
+
+
+def routing_from(args: argparse.Namespace, upsamplers: int = 2) -> Routing:
+    """The routing that the words of :func:`add_routing_words` ask for.
+
+    Args:
+        upsamplers: how many the model has. A model of one (phase 0) uses it, whatever the words.
+
+    Raises:
+        UserError: words that exclude each other, or an upsampler that the model does not have.
+    """
+    if args.upsampler is not None and args.adaptive:
+        raise UserError("--upsampler and --adaptive contradict each other")
+    if args.upsampler is not None and args.upsampler >= upsamplers:
+        raise UserError(f"--upsampler {args.upsampler}: the model has {upsamplers}, counted from 0")
+    if upsamplers == 1:
+        return FixedRouting(_HEAVIEST)
+    if args.upsampler is not None:
+        return FixedRouting(args.upsampler)
+    return AdaptiveRouting() if args.adaptive else KRouting(args.k)
+
+
+def output_file(text: str) -> Path:
+    """`type=` of an option that names a file to write: refused at once, not after all the work."""
+    path = Path(text)
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not text or path.is_dir():
+        raise argparse.ArgumentTypeError(f"`{text}` is no file name")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {path}: {folder} is not a writable folder")
+    return path
+
+
+def _upsampler(text: str) -> int:
+    if text in ("heavy", "light"):
+        return _HEAVIEST if text == "heavy" else 0
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected heavy, light or an index from 0, not `{text}`")
