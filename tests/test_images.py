@@ -17,6 +17,7 @@ from utils.images import (
     list_images,
     read_picture,
     read_rgb,
+    read_size,
     to_8_bit,
     to_array,
     to_tensor,
@@ -147,6 +148,8 @@ def test_exif_orientation_is_applied_at_both_depths(tmp_path: Path, orientation:
     for kind, options in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
         data = encoded(Image.fromarray(RGB8), kind, exif=exif(orientation), **options)
         np.testing.assert_array_equal(decode_picture(data, kind).rgb, upright)
+        (tmp_path / "turned").write_bytes(data)
+        assert read_size(tmp_path / "turned") == upright.shape[:2]
     write_picture(tmp_path / "deep.png", Picture(RGB8.astype(np.uint16) * 257))
     data = (tmp_path / "deep.png").read_bytes()
     body = b"eXIf" + exif(orientation).tobytes().removeprefix(b"Exif\0\0")
@@ -155,6 +158,7 @@ def test_exif_orientation_is_applied_at_both_depths(tmp_path: Path, orientation:
     np.testing.assert_array_equal(deep.rgb // 257, upright)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "16-bit png", "16-bit tif"])
 def test_truncated_files_are_refused(tmp_path: Path, kind: str) -> None:
     if kind.startswith("16"):
@@ -201,8 +205,8 @@ def test_writing_leaves_the_old_file_on_failure(tmp_path: Path) -> None:
         write_picture(path, Picture(RGB8), exist_ok=False)
     with pytest.raises(UserError, match="suffix"):
         write_picture(tmp_path / "out.gif", Picture(RGB8))
-    with pytest.raises(OSError, match=r"nowhere.*out\.png"):
-        write_picture(tmp_path / "nowhere" / "out.png", Picture(RGB8))
+    with pytest.raises(OSError, match=r"out\.png"):
+        write_picture(path / "below_a_file.png", Picture(RGB8))
     with pytest.raises(UserError, match="webp"):
         write_picture(tmp_path / "wide.webp", Picture(np.zeros((1, 20000, 3), np.uint8)))
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.png"]

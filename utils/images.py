@@ -4,44 +4,24 @@ Arrays are (H, W, 3) RGB, uint8 or uint16; tensors are (3, H, W) float32 RGB in 
 The bit depth follows from how a file stores its samples, never from their largest value.
 """
 
-import functools
 import logging
-import os
-import struct
-import uuid
-import warnings
-import zlib
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from utils.atomic import replace_file
 from utils.errors import UserError
+from utils.image_decoding import decode, decode_size
+from utils.image_encoding import encode
 
 _log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# A 20000 x 20000 picture; an 8K frame has 33 million. More is refused before it is decoded.
-MAX_PIXELS = 400_000_000
-
-# (The JPEGs of many phones, which Pillow calls MPO, open as JPEG.)
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-_SAVE_OPTIONS: dict[str, dict[str, object]] = {
-    ".png": {"format": "PNG"},
-    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-    ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-    ".webp": {"format": "WEBP", "lossless": True, "exact": True},
-    ".bmp": {"format": "BMP"},
-    ".tif": {"format": "TIFF", "compression": "tiff_lzw"},
-    ".tiff": {"format": "TIFF", "compression": "tiff_lzw"},
-}
 _WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
 _WITH_16_BIT = (".png", ".tif", ".tiff")
-_ORIENTATION_TAG = 0x0112
 
 
 @dataclass(frozen=True)
@@ -147,135 +127,17 @@ def read_rgb(path: str | Path) -> np.ndarray:
 
 def decode_picture(data: bytes, name: str | Path) -> Picture:
     """Decode the bytes of an image file; `name` is used in messages. Errors as `read_picture`."""
-    try:
-        return _decode(data, name)
-    except (UserError, MemoryError):
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError(
-            f"image {name} is not a png, jpg, webp, bmp or tiff picture that can be read"
-        ) from error
-    # Decoders raise OSError, SyntaxError, struct.error, zlib.error, OverflowError and more.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"image {name} is damaged or cut short: {reason}") from error
-
-
-@functools.cache
-def _prepare_pillow() -> None:
-    """Pillow's process-wide settings, once and not at import."""
-    # Its own limit is 179 million pixels, below what this project must read; `_open` has ours.
-    if Image.MAX_IMAGE_PIXELS is not None:
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
-    # Said of damaged TIFFs on stderr, besides the exception that becomes our one line.
-    for message in ("Corrupt EXIF data", "Truncated File Read", "Metadata Warning"):
-        warnings.filterwarnings("ignore", message=message, module=r"PIL\.TiffImagePlugin")
-
-
-def _open(data: bytes, name: str | Path) -> Image.Image:
-    """Open the header and refuse absurd sizes; nothing is decoded yet."""
-    _prepare_pillow()
-    try:
-        image = Image.open(BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image {name} is too large (over {MAX_PIXELS} pixels)") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise UserError(
-            f"image {name} is too large: {image.width}x{image.height} is over {MAX_PIXELS} pixels"
-        )
-    return image
-
-
-def _decode(data: bytes, name: str | Path) -> Picture:
-    image = _open(data, name)
-    stored_bits = _stored_bits(data, image)
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    icc_profile = _rgb_profile(image)
-    # Pillow notices when a file ends early; OpenCV returns a half decoded picture.
-    image.load()
-    if stored_bits > 8:
-        is_tiff = image.format == "TIFF"
-        planar = is_tiff and image.tag_v2.get(284) == 2  # type: ignore[attr-defined]
-        if stored_bits != 16 or image.mode in ("F", "CMYK") or planar:
-            layout = "planar " if planar else ""
-            raise UserError(
-                f"image {name} has {stored_bits}-bit {layout}{image.mode} samples; 8 and 16 bit "
-                "gray and RGB are supported"
-            )
-        samples = _decode_16_bit(data)
-        # OpenCV turns TIFF pictures itself, PNG ones not.
-        samples = samples if is_tiff else _turn(samples, orientation)
-    else:
-        samples = _decode_8_bit(ImageOps.exif_transpose(image))
+    samples, icc_profile = decode(data, name)
     alpha = np.ascontiguousarray(samples[:, :, 3]) if samples.shape[2] == 4 else None
     return Picture(np.ascontiguousarray(samples[:, :, :3]), alpha, icc_profile)
 
 
-def _stored_bits(data: bytes, image: Image.Image) -> int:
-    """Bits per sample in the file; Pillow's mode does not tell (RGB16 files open as RGB)."""
-    if image.format == "PNG":
-        return data[24]
-    if image.format == "TIFF":
-        bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]
-        return int(max(bits) if isinstance(bits, tuple) else bits)
-    return 8
-
-
-def _rgb_profile(image: Image.Image) -> bytes | None:
-    """The embedded profile if it describes RGB; a gray or CMYK one does not fit the result."""
-    profile = image.info.get("icc_profile")
-    return profile if profile and profile[16:20] == b"RGB " else None
-
-
-def _decode_8_bit(image: Image.Image) -> np.ndarray:
-    """(H, W, 3 or 4) uint8 from any 8-bit (or smaller) Pillow image."""
-    if image.mode == "CMYK":
-        return np.array(_cmyk_to_rgb(image))
-    has_alpha = image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
-    if image.mode == "1" and has_alpha:
-        # Whether the transparent value comes as 0 and 1 or as 0 and 255 depends on Pillow's age.
-        image = image.convert("L")
-        image.info["transparency"] = 255 if image.info["transparency"] else 0
-    return np.array(image.convert("RGBA" if has_alpha else "RGB"))
-
-
-def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(BytesIO(profile))
-            target = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError):
-            _log.debug("unusable CMYK profile; converting without it")
-    return image.convert("RGB")
-
-
-def _decode_16_bit(data: bytes) -> np.ndarray:
-    """(H, W, 3 or 4) uint16 from a 16-bit png or tiff, in OpenCV: Pillow keeps 8 of the bits."""
-    samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if samples is None or samples.dtype != np.uint16:
-        raise OSError("the 16-bit samples cannot be decoded")
-    if samples.ndim == 2:
-        return cv2.cvtColor(samples, cv2.COLOR_GRAY2RGB)
-    if samples.shape[2] == 2:
-        gray, alpha = samples[:, :, 0], samples[:, :, 1]
-        return np.stack([gray, gray, gray, alpha], axis=2)
-    code = cv2.COLOR_BGRA2RGBA if samples.shape[2] == 4 else cv2.COLOR_BGR2RGB
-    return cv2.cvtColor(samples, code)
-
-
-def _turn(samples_HWC: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply an EXIF orientation (1..8; anything else counts as upright)."""
-    if orientation in (5, 6, 7, 8):
-        samples_HWC = samples_HWC.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        samples_HWC = samples_HWC[::-1]
-    if orientation in (2, 3, 6, 7):
-        samples_HWC = samples_HWC[:, ::-1]
-    return samples_HWC
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(H, W) of the upright picture from the header alone. Errors as `read_picture`."""
+    if not Path(path).is_file() or not Path(path).stat().st_size:
+        read_bytes(path)  # says what is wrong
+    with Path(path).open("rb") as file:
+        return decode_size(file, path)
 
 
 def to_8_bit(samples: np.ndarray) -> np.ndarray:
@@ -312,7 +174,7 @@ def write_picture(path: str | Path, picture: Picture, exist_ok: bool = True) -> 
     Raises:
         UserError: unknown suffix, a picture that the format cannot hold, or an existing file with
             `exist_ok` false.
-        OSError: the file cannot be written (no such folder, disk full); it names `path`.
+        OSError: the file cannot be written (disk full, no permission); it names `path`.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -321,32 +183,20 @@ def write_picture(path: str | Path, picture: Picture, exist_ok: bool = True) -> 
     if not exist_ok and path.exists():
         raise UserError(f"{path} exists already")
     picture = _fit_to_format(picture, path)
+    samples = picture.rgb
+    if picture.alpha is not None:
+        samples = np.concatenate([samples, picture.alpha[:, :, None]], axis=2)
     try:
-        data = _encode(picture, suffix)
+        data = encode(samples, suffix, picture.icc_profile)
     except (ValueError, OSError, cv2.error) as error:
         size = f"{picture.width}x{picture.height}"
         raise UserError(f"cannot write {path} ({size}) as {suffix[1:]}: {error}") from error
-    write_bytes_atomically(path, data)
-
-
-def write_bytes_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, then rename it.
-
-    Raises:
-        OSError: as `open` and `write` do, but naming `path`; what was there before is unharmed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replace_file(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
+        # The temporary name says nothing to the user.
         raise OSError(error.errno, error.strerror or "cannot be written", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fit_to_format(picture: Picture, path: Path) -> Picture:
@@ -359,63 +209,3 @@ def _fit_to_format(picture: Picture, path: Path) -> Picture:
         _log.warning("%s: %s has no 16-bit samples; rounded to 8 bits", path, suffix[1:])
         rgb, alpha = to_8_bit(rgb), None if alpha is None else to_8_bit(alpha)
     return Picture(rgb, alpha, picture.icc_profile)
-
-
-def _encode(picture: Picture, suffix: str) -> bytes:
-    samples = picture.rgb
-    if picture.alpha is not None:
-        samples = np.concatenate([samples, picture.alpha[:, :, None]], axis=2)
-    if picture.bit_depth == 16:
-        encode = _encode_png_16 if suffix == ".png" else _encode_tiff_16
-        return encode(samples, picture.icc_profile)
-    buffer = BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(samples))
-    options = dict(_SAVE_OPTIONS[suffix])
-    image.save(buffer, icc_profile=picture.icc_profile, **options)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def _encode_png_16(samples: np.ndarray, icc_profile: bytes | None) -> bytes:
-    code = cv2.COLOR_RGBA2BGRA if samples.shape[2] == 4 else cv2.COLOR_RGB2BGR
-    done, encoded = cv2.imencode(".png", cv2.cvtColor(samples, code))
-    if not done:
-        raise OSError("the encoder failed")
-    data = encoded.tobytes()
-    if icc_profile is None:
-        return data
-    # OpenCV writes no profile. Its chunk goes behind the header: 8 bytes signature, 25 IHDR.
-    body = b"iCCP" + b"ICC profile\0\0" + zlib.compress(icc_profile)
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    return data[:33] + chunk + data[33:]
-
-
-def _encode_tiff_16(samples: np.ndarray, icc_profile: bytes | None) -> bytes:
-    """A baseline TIFF 6.0, one uncompressed strip: Pillow has no RGB16, OpenCV no profiles."""
-    height, width, channels = samples.shape
-    pixels = samples.astype("<u2").tobytes()
-    bits = struct.pack(f"<{channels}H", *[16] * channels)
-    profile = icc_profile or b""
-    bits_at = 8 + len(pixels)
-    profile_at = bits_at + len(bits)
-    directory_at = profile_at + len(profile) + len(profile) % 2
-    short, long, undefined = 3, 4, 7
-    entries = [
-        (256, long, 1, width),
-        (257, long, 1, height),
-        (258, short, channels, bits_at),
-        (259, short, 1, 1),  # no compression
-        (262, short, 1, 2),  # RGB
-        (273, long, 1, 8),  # where the strip starts
-        (277, short, 1, channels),
-        (278, long, 1, height),  # rows in the strip
-        (279, long, 1, len(pixels)),
-        (284, short, 1, 1),  # channels interleaved
-    ]
-    if channels == 4:
-        entries.append((338, short, 1, 2))  # the fourth is alpha, not premultiplied
-    if profile:
-        entries.append((34675, undefined, len(profile), profile_at))
-    directory = struct.pack("<H", len(entries))
-    directory += b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    header = struct.pack("<2sHI", b"II", 42, directory_at)
-    return header + pixels + bits + profile + b"\0" * (len(profile) % 2) + directory + b"\0" * 4
