@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 _KERNEL_SIZE = 4
+_STRIP_ROWS = 16
 
 
 def output_length(length: int, scale: float) -> int:
@@ -76,15 +77,24 @@ def imresize_uint8(
     if rgb.dtype != np.uint8 or rgb.ndim != 3:
         raise ValueError(f"rgb must be (H, W, C) uint8, not {rgb.shape} {rgb.dtype}")
     for dim, axis_scale, length in _plan(rgb.shape[0], rgb.shape[1], scale, size):
-        axis = dim + 2
-        weights, indices = _contributions(rgb.shape[axis], length, axis_scale, "replicate")
-        weights = weights.reshape(-1, length, *[1] * (2 - axis))
-        resized = weights[0] * rgb.take(indices[0], axis=axis)
-        for tap_weights, tap_indices in zip(weights[1:], indices[1:], strict=True):
-            resized += tap_weights * rgb.take(tap_indices, axis=axis)
-        resized += 0.5
-        rgb = np.floor(resized, out=resized).clip(0, 255).astype(np.uint8)
-    return rgb
+        # Both passes work on whole rows, which is far faster than on single columns.
+        rows = rgb if dim == -2 else rgb.transpose(1, 0, 2)
+        resized = _resize_rows_uint8(rows, length, axis_scale)
+        rgb = resized if dim == -2 else resized.transpose(1, 0, 2)
+    return np.ascontiguousarray(rgb)
+
+
+def _resize_rows_uint8(rgb: np.ndarray, length: int, scale: float) -> np.ndarray:
+    weights, indices = _contributions(rgb.shape[0], length, scale, "replicate")
+    resized = np.empty((length, *rgb.shape[1:]), np.uint8)
+    # In strips that stay in the processor's cache.
+    for first in range(0, length, _STRIP_ROWS):
+        strip = slice(first, first + _STRIP_ROWS)
+        total = np.full((len(indices[0, strip]), *rgb.shape[1:]), 0.5)
+        for tap_weights, tap_indices in zip(weights[:, strip], indices[:, strip], strict=True):
+            total += tap_weights[:, None, None] * rgb[tap_indices]
+        resized[strip] = np.floor(total, out=total).clip(0, 255)
+    return resized
 
 
 def _plan(
