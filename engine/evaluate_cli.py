@@ -1,0 +1,223 @@
+"""The command line of test.py and test_pcsr.py."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from datasets.wrappers import LR_MODES
+from engine.conventions import Conventions, LrSource
+from engine.evaluation import Figures, Restore, bicubic, evaluate, mean_of
+from engine.inference_words import add_json_word, add_weights_word
+from engine.report import Table, foot, to_json, write_json
+from engine.restore import Patches
+from engine.samples import EvaluationSet, ImagePaths
+from models.inference import PATCH_BATCH_SIZE
+from utils.checkpoint import find_weights
+from utils.cli import (
+    Parser,
+    add_config_words,
+    add_device_words,
+    check_device_words,
+    positive_int,
+)
+from utils.config import Config, load_config
+from utils.device import pick_device
+from utils.errors import UserError
+from utils.log import set_up
+from utils.machine import peak_memory_bytes, reset_peak_memory
+from utils.metrics import PsnrType
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        model: the network, whose parameters are counted.
+        restore: runs it.
+        scale: HR pixels per LR pixel.
+        upsamplers: how many it has; 0 for original networks.
+        routing, refinement: see `engine.conventions`.
+    """
+
+    model: nn.Module
+    restore: Restore
+    scale: float
+    upsamplers: int = 0
+    routing: str | None = None
+    refinement: bool | None = None
+
+
+# (words, config, weights, device, patches or None) to what is evaluated.
+Prepare = Callable[
+    [argparse.Namespace, Config, Path, torch.device, Patches | None],
+    Subject,
+]
+
+
+def make_parser(description: str, example: str) -> Parser:
+    """Parser with the words that both test scripts know."""
+    parser = Parser(description=description, example=example)
+    add_config_words(parser)
+    parser.add_argument(
+        "--hr_data",
+        metavar="DIR",
+        help="Folder of HR images. Default: that of the config's test_dataset.",
+    )
+    parser.add_argument(
+        "--lr_data",
+        metavar="DIR",
+        help="Folder of LR images, paired with HR by name (0801.png, 0801x4.png, ...). Default: "
+        "LR is made from HR by bicubic.",
+    )
+    parser.add_argument(
+        "--lr_mode",
+        choices=LR_MODES,
+        default="float",
+        help="How LR is made: float is not rounded, as in the published figures; uint8 makes the "
+        "benchmark LR images in circulation.",
+    )
+    parser.add_argument(
+        "--per_image",
+        action="store_true",
+        help="Run whole images; otherwise overlapping patches, which implies --crop.",
+    )
+    parser.add_argument(
+        "--crop",
+        action="store_true",
+        help="Crop LR to what patches tile (config: patch_size, step), as the published figures "
+        "do.",
+    )
+    parser.add_argument(
+        "--patch_batch_size",
+        type=positive_int,
+        default=PATCH_BATCH_SIZE,
+        metavar="N",
+        help="Patches that go through the network at once.",
+    )
+    parser.add_argument(
+        "--psnr_type",
+        choices=("rgb", "y"),
+        help="Channels of PSNR and SSIM. Default: the config's.",
+    )
+    parser.add_argument(
+        "--bicubic", action="store_true", help="Also give the figures of bicubic enlargement."
+    )
+    add_weights_word(parser)
+    add_json_word(parser)
+    add_device_words(parser)
+    return parser
+
+
+def main(parser: Parser, prepare: Prepare) -> int:
+    """Parse the command line, evaluate, print the table, write the JSON file."""
+    args = parser.parse_args()
+    check_device_words(args)
+    set_up()
+    device = pick_device(args.device, args.gpu)
+    config = load_config(args.config, args.overrides)
+    paths = _image_paths(args, config)
+    weights = args.weights or find_weights(Path("save") / config.name)
+    subject = prepare(args, config, weights, device, _patches(args, config))
+    conventions = _conventions(args, config, subject, has_lr=paths.lr is not None)
+    images = EvaluationSet(paths, conventions)
+    parameters = sum(p.numel() for p in subject.model.parameters())
+    print(f"{config.name}: {parameters / 1e3:.2f}K parameters from {weights}, on {device}")
+    reset_peak_memory(device)
+    figures, baseline = _run(images, subject, device, with_bicubic=args.bicubic)
+    peak = peak_memory_bytes(device)
+    print(foot(conventions, device, peak))
+    if args.json is not None:
+        about = {
+            "model": {"config": config.name, "weights": str(weights), "parameters": parameters},
+            "data": {"hr": str(paths.hr[0].parent), "lr": paths.lr and str(paths.lr[0].parent)},
+        }
+        content = to_json(figures, baseline, conventions, device, peak)
+        write_json(args.json, {**content, **about})
+    return 0
+
+
+def is_pcsr(config: Config) -> bool:
+    """Whether the config's model is a PCSR one."""
+    return str(config.model.get("name")).startswith("pcsr")
+
+
+def _run(
+    images: EvaluationSet, subject: Subject, device: torch.device, *, with_bicubic: bool
+) -> tuple[list[Figures], list[Figures]]:
+    """Evaluate all images and print the table: the model's figures, and those of bicubic."""
+    table = Table(images.names, subject.upsamplers, _write)
+    table.header()
+    baseline = []
+    if with_bicubic:
+        baseline = list(_followed(evaluate(images, bicubic, range(len(images)), device), images))
+        table.baseline("bicubic", mean_of(baseline))
+        table.rule()
+    figures = []
+    for row in _followed(evaluate(images, subject.restore, range(len(images)), device), images):
+        table.row(row)
+        figures.append(row)
+    table.rule()
+    table.row(mean_of(figures))
+    return figures, baseline
+
+
+def _followed(figures: Iterable[Figures], images: EvaluationSet) -> Iterable[Figures]:
+    """With a progress bar where somebody watches."""
+    return tqdm(
+        figures,
+        total=len(images),
+        unit="image",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _write(line: str) -> None:
+    """A line on standard output, above a running progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _patches(args: argparse.Namespace, config: Config) -> Patches | None:
+    if config.step > config.patch_size:
+        raise UserError(
+            f"config: `step` {config.step} leaves gaps between patches of {config.patch_size}"
+        )
+    if args.per_image:
+        return None
+    return Patches(config.patch_size, config.step, args.patch_batch_size)
+
+
+def _conventions(
+    args: argparse.Namespace, config: Config, subject: Subject, *, has_lr: bool
+) -> Conventions:
+    made: LrSource = "bicubic uint8" if args.lr_mode == "uint8" else "bicubic float"
+    return Conventions(
+        scale=subject.scale,
+        psnr_type=cast(PsnrType, args.psnr_type or config.psnr_type),
+        lr="given" if has_lr else made,
+        crop=args.crop or not args.per_image,
+        per_image=args.per_image,
+        patch_size=config.patch_size,
+        step=config.step,
+        routing=subject.routing,
+        refinement=subject.refinement,
+    )
+
+
+def _image_paths(args: argparse.Namespace, config: Config) -> ImagePaths:
+    """The words' folders, else those of the config's test_dataset."""
+    if args.hr_data is not None:
+        return ImagePaths.of_folders(args.hr_data, args.lr_data)
+    if args.lr_data is not None or config.test_dataset is None:
+        raise UserError("name the folder of HR images to evaluate on with --hr_data")
+    return ImagePaths.of_config(config.test_dataset)

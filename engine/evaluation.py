@@ -1,0 +1,127 @@
+"""The evaluation loop: figures per image, and their mean.
+
+Axes: h w LR, H W output, M upsamplers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasets.resize import imresize
+from engine.restore import Restored
+from engine.samples import EvaluationSet
+from utils.errors import UserError
+from utils.machine import Timer
+from utils.metrics import json_number, psnr, ssim
+
+# (3, h, w) LR on the device and (H, W) to the restored image.
+Restore = Callable[[Tensor, tuple[int, int]], Restored]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is measured on one image, or the mean over images.
+
+    Attributes:
+        name: the HR image's file name.
+        psnr: in dB; inf for equal images.
+        ssim: at most 1; nan where the image is smaller than its window.
+        flops_paper, flops_executed: see `utils.flops`.
+        shares: share of the computed pixels per upsampler, light to heavy; empty for originals.
+        time_s: synchronised wall-clock time from LR on the device to SR.
+    """
+
+    name: str
+    psnr: float
+    ssim: float
+    flops_paper: float
+    flops_executed: float
+    shares: list[float]
+    time_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; null for a PSNR or SSIM that JSON cannot hold."""
+        return {
+            **dataclasses.asdict(self),
+            "psnr": json_number(self.psnr),
+            "ssim": json_number(self.ssim),
+        }
+
+
+def evaluate(
+    images: EvaluationSet,
+    restore: Restore,
+    indices: Iterable[int],
+    device: torch.device,
+) -> Iterator[Figures]:
+    """Run `restore` on the images of `indices` and compare; one at a time, as they are asked for.
+
+    The result of an image does not depend on the others, so ranges can go to several processes.
+
+    Raises:
+        UserError: an image that cannot be read or run; its name is in the message.
+    """
+    conventions = images.conventions
+    warm = False
+    for index in indices:
+        sample = images[index]
+        lr = sample.lr.to(device)
+        try:
+            if not warm:
+                _warm_up(restore, lr, conventions.patch_size, conventions.scale)
+                warm = True
+            restored = restore(lr, sample.size)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"image {sample.name}: not enough memory on {device}; patches (without "
+                f"--per_image) and a smaller --patch_batch_size take less"
+            ) from error
+        except UserError as error:
+            raise UserError(f"image {sample.name}: {error}") from error
+        compared: dict[str, Any] = {
+            "psnr_type": conventions.psnr_type,
+            "border_px": conventions.border_px,
+        }
+        yield Figures(
+            name=sample.name,
+            psnr=psnr(restored.sr, sample.hr, **compared),
+            ssim=ssim(restored.sr, sample.hr, **compared),
+            flops_paper=restored.flops_paper,
+            flops_executed=restored.flops_executed,
+            shares=restored.shares,
+            time_s=restored.time_s,
+        )
+
+
+def bicubic(lr: Tensor, size: tuple[int, int]) -> Restored:
+    """The baseline: MATLAB's bicubic enlargement. Its FLOPs are not counted."""
+    with Timer(lr.device) as timer:
+        sr = imresize(lr, size=size)
+    return Restored(sr, None, [], 0, 0, timer.elapsed_s)
+
+
+def mean_of(figures: Sequence[Figures]) -> Figures:
+    """The mean of every figure over the images (at least one)."""
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(figures)
+
+    return Figures(
+        name="mean",
+        psnr=mean(f.psnr for f in figures),
+        ssim=mean(f.ssim for f in figures),
+        flops_paper=mean(f.flops_paper for f in figures),
+        flops_executed=mean(f.flops_executed for f in figures),
+        shares=[mean(column) for column in zip(*(f.shares for f in figures), strict=True)],
+        time_s=mean(f.time_s for f in figures),
+    )
+
+
+def _warm_up(restore: Restore, lr: Tensor, patch_size: int, scale: float) -> None:
+    """Run a corner, so that the first image's time does not hold what is done only once."""
+    corner = lr[:, :patch_size, :patch_size].contiguous()
+    restore(corner, (round(corner.shape[-2] * scale), round(corner.shape[-1] * scale)))

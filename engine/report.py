@@ -1,0 +1,120 @@
+"""What an evaluation leaves to be read: a table on standard output, and a JSON file."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.conventions import Conventions
+from engine.evaluation import Figures, mean_of
+from utils.atomic import write_text
+from utils.machine import describe
+
+_QUALITY = ("name", "psnr", "ssim")
+
+
+class Table:
+    """An aligned table, written row by row as the images are done.
+
+    Args:
+        names: of all rows, so that the first column is wide enough.
+        upsamplers: how many share columns there are; one upsampler, or none, needs none.
+        write: takes a line.
+    """
+
+    def __init__(
+        self, names: Sequence[str], upsamplers: int, write: Callable[[str], None] = print
+    ) -> None:
+        titles = ["PSNR dB", "SSIM", "GFLOPs paper", "GFLOPs executed"]
+        self.titles = ["image", *titles, *_share_titles(upsamplers), "time s"]
+        self.widths = [max(map(len, [*names, "image", "bicubic"]))]
+        self.widths += [max(8, len(title)) for title in self.titles[1:]]
+        self.write = write
+
+    def header(self) -> None:
+        """Column titles, and a line below them."""
+        self._line(self.titles)
+        self.rule()
+
+    def rule(self) -> None:
+        """A line across the table."""
+        self.write("-" * (sum(self.widths) + 2 * (len(self.widths) - 1)))
+
+    def row(self, figures: Figures) -> None:
+        """One image, or the mean."""
+        flops = [f"{n / 1e9:.4f}" for n in (figures.flops_paper, figures.flops_executed)]
+        shares = [f"{100 * share:.2f}" for share in figures.shares]
+        if len(shares) < 2:
+            shares = []
+        self._line([*_quality(figures), *flops, *shares, f"{figures.time_s:.3f}"])
+
+    def baseline(self, name: str, figures: Figures) -> None:
+        """A method of which only the quality counts."""
+        self._line([name, *_quality(figures)[1:]])
+
+    def _line(self, cells: Iterable[str]) -> None:
+        first, *others = cells
+        padded = [f"{cell:>{width}}" for cell, width in zip(others, self.widths[1:], strict=False)]
+        self.write("  ".join([f"{first:<{self.widths[0]}}", *padded]))
+
+
+def foot(conventions: Conventions, device: torch.device, peak_memory_bytes: int | None) -> str:
+    """What the figures above depend on, in a few lines."""
+    facts = describe(device)
+    peak = "unknown" if peak_memory_bytes is None else f"{peak_memory_bytes / 2**20:.0f} MiB"
+    return "\n".join(
+        [
+            f"conventions: {conventions.describe()}",
+            "GFLOPs: 2 per multiply-add; paper: as the published tables count, executed: as run",
+            f"peak memory {peak}; {facts['device_name']} ({facts['device']}, "
+            f"{facts['torch_threads']} threads), torch {facts['torch']}",
+        ]
+    )
+
+
+def to_json(
+    figures: Sequence[Figures],
+    baseline: Sequence[Figures],
+    conventions: Conventions,
+    device: torch.device,
+    peak_memory_bytes: int | None,
+) -> dict[str, Any]:
+    """All figures as plain numbers: FLOPs not in G, times in seconds.
+
+    None (JSON's null) stands for the infinite PSNR of equal images, and for the SSIM of images
+    smaller than its window. `baseline`, where not empty, are figures of bicubic enlargement.
+    """
+    content = {
+        **_images_and_mean(figures, list(figures[0].to_json())),
+        "conventions": conventions.to_json(),
+        "machine": describe(device),
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+    if baseline:
+        content["bicubic"] = _images_and_mean(baseline, _QUALITY)
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in one go: an older one stays whole until then."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _images_and_mean(figures: Sequence[Figures], keys: Sequence[str]) -> dict[str, Any]:
+    images = [{key: f.to_json()[key] for key in keys} for f in figures]
+    mean = mean_of(figures).to_json()
+    return {"images": images, "mean": {key: mean[key] for key in keys if key != "name"}}
+
+
+def _share_titles(upsamplers: int) -> list[str]:
+    if upsamplers == 2:
+        return ["light %", "heavy %"]
+    return [f"#{index} %" for index in range(upsamplers)] if upsamplers > 2 else []
+
+
+def _quality(figures: Figures) -> list[str]:
+    ssim = "-" if math.isnan(figures.ssim) else f"{figures.ssim:.4f}"
+    return [figures.name, f"{figures.psnr:.3f}", ssim]

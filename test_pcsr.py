@@ -1,0 +1,62 @@
+"""Evaluate a PCSR model of any phase."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from engine.evaluate_cli import Subject, is_pcsr, main, make_parser
+from engine.inference_words import add_routing_words, routing_from
+from engine.restore import Patches, PcsrRestorer, load_pcsr
+from utils.cli import positive_float, run
+from utils.config import Config
+from utils.errors import UserError
+
+
+def prepare(
+    args: argparse.Namespace,
+    config: Config,
+    weights: Path,
+    device: torch.device,
+    patches: Patches | None,
+) -> Subject:
+    """The model with its weights, at the scale and with the routing asked for."""
+    if not is_pcsr(config):
+        raise UserError(f"config {config.name} is not a PCSR config: use test.py")
+    if args.scale < 1:
+        raise UserError(f"--scale {args.scale:g}: super-resolution starts at 1")
+    model = load_pcsr(weights, device, config)
+    routing = routing_from(args, len(model.upsamplers))
+    restorer = PcsrRestorer(
+        model,
+        routing,
+        refinement=not args.no_refinement,
+        pixel_batch_size=args.pixel_batch_size,
+        patches=patches,
+    )
+    return Subject(
+        model,
+        restorer,
+        args.scale,
+        upsamplers=len(model.upsamplers),
+        routing=routing.describe(),
+        refinement=not args.no_refinement,
+    )
+
+
+if __name__ == "__main__":
+    parser = make_parser(
+        "Evaluate a PCSR model: PSNR, SSIM, FLOPs, time and each upsampler's share per image and "
+        "on average. A checkpoint of phase 0 has one upsampler and needs no routing words.",
+        "python test_pcsr.py --config configs/carn-pcsr-phase1.yaml --hr_data load/Set5/HR "
+        "--per_image --crop --k 0",
+    )
+    parser.add_argument(
+        "--scale",
+        type=positive_float,
+        default=4.0,
+        metavar="NUMBER",
+        help="Any real number from 1 on.",
+    )
+    add_routing_words(parser)
+    run(lambda: main(parser, prepare))
