@@ -1,0 +1,37 @@
+"""Make ``release.pth``, what inference needs and nothing more, from a run's last checkpoint.
+
+``python -m utils.release save/carn-x4``
+"""
+
+from pathlib import Path
+
+from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint, save_checkpoint
+from utils.cli import Parser, run
+
+
+def release(folder: Path) -> Path:
+    """Write `folder`/release.pth: spec, weights and iteration of its iter_last.pth.
+
+    Raises:
+        UserError: no checkpoint there, or it cannot be read.
+    """
+    last = load_checkpoint(folder / LAST_NAME)
+    path = folder / RELEASE_NAME
+    save_checkpoint(path, {"model": last["model"], "iter": last["iter"]})
+    return path
+
+
+def main() -> None:
+    """Parse the command line and release each folder."""
+    parser = Parser(
+        description="Make release.pth, what inference needs, from a run's iter_last.pth.",
+        example="python -m utils.release save/carn-x4",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="Folder of a run.")
+    for folder in parser.parse_args().folders:
+        path = release(folder)
+        print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    run(main)
