@@ -12,7 +12,7 @@ from torch import Tensor
 from models.grid import PixelGrid
 from models.pcsr import PCSR
 from models.refinement import refine
-from models.routing import Routing
+from models.routing import Routing, relative_to_lightest
 from utils.errors import UserError
 
 PIXEL_BATCH_SIZE = 300_000
@@ -62,8 +62,8 @@ def super_resolve(
     """
     feat = model.encode(lr)
     grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
-    logits = _classify(model, feat, grid, pixel_batch_size)
-    classes = torch.cat([routing.classes(image, log_costs) for image in logits.split(1)])
+    margins = _classify(model, feat, grid, pixel_batch_size)
+    classes = torch.cat([routing.classes(image, log_costs) for image in margins.split(1)])
     sr, counts = _upsample(model, lr, feat, grid, classes, pixel_batch_size)
     if refinement:
         sr = refine(sr, classes)
@@ -106,13 +106,13 @@ def super_resolve_patches(
     patches = torch.cat([lr[..., y : y + ph, x : x + pw] for y, x in corners])
     grid = PixelGrid.build((ph, pw), (out[2], out[3]), lr.device)
     features = torch.cat([model.encode(part) for part in patches.split(patch_batch_size)])
-    logits = torch.cat(
+    margins = torch.cat(
         [
             _classify(model, part, grid, pixel_batch_size)
             for part in features.split(patch_batch_size)
         ]
     )
-    classes = routing.classes(logits, log_costs)
+    classes = routing.classes(margins, log_costs)
     total = lr.new_zeros(3, out[0], out[1])
     weight = lr.new_zeros(out[0], out[1])
     heaviest = classes.new_zeros(1, out[0], out[1])
@@ -168,16 +168,17 @@ def _scaled(length: int, scale: float) -> int:
 
 
 def _classify(model: PCSR, feat: Tensor, grid: PixelGrid, pixel_batch_size: int) -> Tensor:
-    """Logits (B, M, H, W); of one constant logit where there is one upsampler."""
+    """Margins (B, M - 1, H, W) of the classifier, see `models.routing`."""
     H, W = grid.out_size
     if model.classifier is None:
-        return feat.new_zeros(len(feat), 1, 1, 1).expand(-1, -1, H, W)
+        return feat.new_zeros(len(feat), 0, H, W)
     pixels = torch.arange(H * W, device=feat.device)
     parts = [
         model.classifier(feat, grid, part)
         for part in pixels.split(max(1, pixel_batch_size // len(feat)))
     ]
-    return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, (H, W))
+    logits_BMHW = torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, (H, W))
+    return relative_to_lightest(logits_BMHW)
 
 
 def _upsample(

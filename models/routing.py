@@ -39,7 +39,7 @@ class Routing(Protocol):
 
     is_global: ClassVar[bool]
 
-    def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+    def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
         """Index of each pixel's upsampler.
 
         Args:
@@ -75,15 +75,14 @@ class KRouting:
         if not math.isfinite(self.k):
             raise UserError(f"--k {self.k}: k must be a finite number")
 
-    def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
-        _check_count(logits_BMHW, log_costs_M)
+    def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        _check_count(margins_BKHW, log_costs_M)
         k = max(-_MAX_K, min(self.k, _MAX_K))
-        lightest, *heavier = logits_BMHW.unbind(1)
         # Scores relative to the lightest upsampler, whose own score is 0.
-        best = torch.zeros_like(lightest, dtype=torch.float32)
-        classes = torch.zeros_like(lightest, dtype=torch.uint8)
-        for j, logit in enumerate(heavier, start=1):
-            score = (logit.float() - lightest.float()) - k * (log_costs_M[j] - log_costs_M[0])
+        classes = _all_light(margins_BKHW)
+        best = torch.zeros_like(classes, dtype=torch.float32)
+        for j, margin in enumerate(margins_BKHW.unbind(1), start=1):
+            score = margin.float() - k * (log_costs_M[j] - log_costs_M[0])
             better = score > best
             classes.masked_fill_(better, j)
             best = torch.where(better, score, best)
@@ -100,10 +99,10 @@ class FixedRouting:
     is_global: ClassVar[bool] = False
     index: int
 
-    def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
-        _check_count(logits_BMHW, log_costs_M)
+    def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        _check_count(margins_BKHW, log_costs_M)
         index = range(len(log_costs_M))[self.index]
-        return torch.full_like(logits_BMHW[:, 0], index, dtype=torch.uint8)
+        return _all_light(margins_BKHW).fill_(index)
 
     def describe(self) -> str:
         return "all-heavy" if self.index == -1 else f"upsampler {self.index} everywhere"
@@ -120,15 +119,13 @@ class AdaptiveRouting:
 
     is_global: ClassVar[bool] = True
 
-    def classes(self, logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
-        _check_count(logits_BMHW, log_costs_M)
-        if logits_BMHW.shape[1] != 2:
+    def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        _check_count(margins_BKHW, log_costs_M)
+        if len(log_costs_M) != 2:
             raise UserError(
-                f"--adaptive works with 2 upsamplers and this model has {logits_BMHW.shape[1]}: "
-                "use --k"
+                f"--adaptive works with 2 upsamplers and this model has {len(log_costs_M)}: use --k"
             )
-        light, heavy = logits_BMHW.float().unbind(1)
-        scores = scale_scores(torch.sigmoid(heavy - light))
+        scores = scale_scores(torch.sigmoid(margins_BKHW[:, 0].float()))
         return (scores > adaptive_threshold(scores)).to(torch.uint8)
 
     def describe(self) -> str:
@@ -203,9 +200,19 @@ def _mean(total: float, count: float) -> float:
     return float(total / count) if count > 0 else 0.0
 
 
-def _check_count(logits_BMHW: Tensor, log_costs_M: Sequence[float]) -> None:
-    if logits_BMHW.ndim != 4 or logits_BMHW.shape[1] != len(log_costs_M):
+def relative_to_lightest(logits_BMHW: Tensor) -> Tensor:
+    """Logits (B, M, H, W) to margins (B, M - 1, H, W): all that a policy needs of them."""
+    return logits_BMHW[:, 1:] - logits_BMHW[:, :1]
+
+
+def _all_light(margins_BKHW: Tensor) -> Tensor:
+    shape = (margins_BKHW.shape[0], *margins_BKHW.shape[2:])
+    return torch.zeros(shape, dtype=torch.uint8, device=margins_BKHW.device)
+
+
+def _check_count(margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> None:
+    if margins_BKHW.ndim != 4 or margins_BKHW.shape[1] != len(log_costs_M) - 1:
         raise ValueError(
-            f"routing: logits (B, M, H, W) and M costs expected, got {tuple(logits_BMHW.shape)} "
-            f"and {len(log_costs_M)} costs"
+            f"routing: margins (B, M - 1, H, W) and M costs expected, got "
+            f"{tuple(margins_BKHW.shape)} and {len(log_costs_M)} costs"
         )

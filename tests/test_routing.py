@@ -14,6 +14,7 @@ from models.routing import (
     KRouting,
     Routing,
     adaptive_threshold,
+    relative_to_lightest,
     scale_scores,
 )
 from utils.errors import UserError
@@ -32,7 +33,7 @@ def test_k_divides_probability_by_a_power_of_the_cost() -> None:
     costs = torch.tensor([0.1, 0.2, 0.3, 0.4])
     for k in (-3.0, 0.0, 0.7, 2.0):
         expected = (logits.softmax(1) / costs[:, None, None] ** k).argmax(1)
-        classes = KRouting(k).classes(logits, costs.log().tolist())
+        classes = KRouting(k).classes(relative_to_lightest(logits), costs.log().tolist())
         assert classes.dtype == torch.uint8
         assert torch.equal(classes.long(), expected)
 
@@ -41,16 +42,23 @@ def test_k_margin_rule_and_ties_to_the_lighter() -> None:
     threshold = np.float32(CARN_COSTS[1] - CARN_COSTS[0])
     above = np.nextafter(threshold, np.float32(9))
     margin = torch.tensor([[[threshold, above]]])
-    assert KRouting(1).classes(margin_logits(margin), CARN_COSTS).tolist() == [[[0, 1]]]
-    assert KRouting(0).classes(torch.zeros(1, 3, 1, 1), (-1.2, -1.1, -1.0)).item() == 0
+    assert KRouting(1).classes(
+        relative_to_lightest(margin_logits(margin)), CARN_COSTS
+    ).tolist() == [[[0, 1]]]
+    assert (
+        KRouting(0)
+        .classes(relative_to_lightest(torch.zeros(1, 3, 1, 1)), (-1.2, -1.1, -1.0))
+        .item()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("k", [25.0, 1e30, 1e308])
 def test_k_large(k: float) -> None:
     logits = torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     log_costs = (math.log(0.1), math.log(0.3), math.log(0.6))
-    assert (KRouting(k).classes(logits, log_costs) == 0).all()
-    assert (KRouting(-k).classes(logits, log_costs) == 2).all()
+    assert (KRouting(k).classes(relative_to_lightest(logits), log_costs) == 0).all()
+    assert (KRouting(-k).classes(relative_to_lightest(logits), log_costs) == 2).all()
 
 
 @pytest.mark.parametrize("k", [math.nan, math.inf, -math.inf])
@@ -62,7 +70,7 @@ def test_k_must_be_finite(k: float) -> None:
 def test_fixed_counts_from_either_end() -> None:
     logits = torch.zeros(1, 3, 2, 2)
     for index, expected in [(0, 0), (1, 1), (-1, 2)]:
-        classes = FixedRouting(index).classes(logits, (-1.2, -1.1, -1.0))
+        classes = FixedRouting(index).classes(relative_to_lightest(logits), (-1.2, -1.1, -1.0))
         assert classes.tolist() == [[[expected] * 2] * 2]
 
 
@@ -76,15 +84,22 @@ def test_adaptive_is_the_published_clustering() -> None:
         clusterer = kmeans.KMeans(n_clusters=2, mode="euclidean", max_iter=20)
         labels = clusterer.fit_predict(scores, centroids=torch.tensor([[0.5]]))
         expected = labels != labels[scores.argmin()]
-        classes = AdaptiveRouting().classes(margin_logits(margin), CARN_COSTS).flatten().bool()
+        classes = (
+            AdaptiveRouting()
+            .classes(relative_to_lightest(margin_logits(margin)), CARN_COSTS)
+            .flatten()
+            .bool()
+        )
         assert (classes == expected).double().mean() > 0.9999
         assert 0 < classes.double().mean() < 1
 
 
 def test_adaptive_looks_at_all_patches_together() -> None:
     margin = torch.linspace(-4, 4, 48).view(1, 6, 8)
-    together = AdaptiveRouting().classes(margin_logits(margin), CARN_COSTS)
-    patches = AdaptiveRouting().classes(margin_logits(margin.view(3, 2, 8)), CARN_COSTS)
+    together = AdaptiveRouting().classes(relative_to_lightest(margin_logits(margin)), CARN_COSTS)
+    patches = AdaptiveRouting().classes(
+        relative_to_lightest(margin_logits(margin.view(3, 2, 8))), CARN_COSTS
+    )
     assert torch.equal(patches.view(1, 6, 8), together)
 
 
@@ -92,7 +107,7 @@ def test_adaptive_looks_at_all_patches_together() -> None:
 @pytest.mark.parametrize("value", [-100.0, 0.0, 100.0, math.nan])
 def test_adaptive_without_spread_is_light(size: tuple[int, int], value: float) -> None:
     logits = margin_logits(torch.full((1, *size), value))
-    assert (AdaptiveRouting().classes(logits, CARN_COSTS) == 0).all()
+    assert (AdaptiveRouting().classes(relative_to_lightest(logits), CARN_COSTS) == 0).all()
 
 
 def test_adaptive_separates_two_values() -> None:
@@ -101,7 +116,7 @@ def test_adaptive_separates_two_values() -> None:
 
 def test_adaptive_is_for_two_upsamplers() -> None:
     with pytest.raises(UserError, match="2 upsamplers and this model has 3"):
-        AdaptiveRouting().classes(torch.zeros(1, 3, 2, 2), (-1.0, -1.0, -1.0))
+        AdaptiveRouting().classes(relative_to_lightest(torch.zeros(1, 3, 2, 2)), (-1.0, -1.0, -1.0))
 
 
 @pytest.mark.golden
@@ -114,5 +129,5 @@ def test_golden_class_maps(shared: Path) -> None:
         "adaptive": AdaptiveRouting(),
     }
     for name, routing in policies.items():
-        classes = routing.classes(logits, CARN_COSTS)[0].numpy()
+        classes = routing.classes(relative_to_lightest(logits), CARN_COSTS)[0].numpy()
         assert (classes == golden[f"{name}_class"]).mean() >= 0.9999, name

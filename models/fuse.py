@@ -1,0 +1,28 @@
+"""Encoders prepared for inference: batch norm folded, convolutions channels-last."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.backbones.base import SRNetwork
+
+
+def fused_encoder(encoder: SRNetwork) -> nn.Module:
+    """A copy of `encoder` for inference, equal up to rounding; `encoder` is left as it is."""
+    fused = copy.deepcopy(encoder).eval().requires_grad_(False)
+    fold_batch_norm(fused)
+    return fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def fold_batch_norm(module: nn.Module) -> None:
+    """Fold every batch norm that follows a convolution in an ``nn.Sequential``, in place."""
+    for child in module.modules():
+        if not isinstance(child, nn.Sequential):
+            continue
+        for index in range(len(child) - 1):
+            conv, norm = child[index], child[index + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                child[index] = fuse_conv_bn_eval(conv, norm)
+                child[index + 1] = nn.Identity()

@@ -1,0 +1,112 @@
+"""A pixel-level MLP packed for speed: first layer split over the grid, widths padded.
+
+Arrays are pixel-major, so that gathering a pixel reads one contiguous row.
+Axes: C feature channels, D (padded) hidden width, O outputs, Q pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.grid import PixelGrid
+from models.sampler import LIIFSampler
+
+
+@dataclass(frozen=True)
+class PackedSampler:
+    """The weights of a :class:`LIIFSampler` in the order that :meth:`finish` reads them.
+
+    ``W1 [f; rel; cell] + b1 = Wf f + wy rel_y + wx rel_x + (Wc cell + b1)``; see `models.sampler`.
+
+    Attributes:
+        feature_CD: Wf transposed.
+        geometry_4D: the columns of W1 for rel_y, rel_x, cell_y, cell_x.
+        bias_D: b1.
+        layers: (weight transposed, bias) of the other layers; the last is not padded.
+    """
+
+    feature_CD: Tensor
+    geometry_4D: Tensor
+    bias_D: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def pack(
+        cls,
+        sampler: LIIFSampler,
+        *,
+        dtype: torch.dtype = torch.float32,
+        multiple: int = 16,
+        margins: bool = False,
+    ) -> "PackedSampler":
+        """Pack a sampler's weights.
+
+        Args:
+            dtype: of the products; geometry stays float32 until it is added.
+            multiple: hidden widths are padded with zeros to a multiple of this.
+            margins: give each output relative to the first one, which is left out: of a
+                classifier's logits, routing needs no more.
+        """
+        weights = [(layer.weight.detach(), layer.bias.detach()) for layer in sampler.imnet.linears]
+        if margins:
+            weight, bias = weights[-1]
+            weights[-1] = weight[1:] - weight[:1], bias[1:] - bias[:1]
+        packed = []
+        width = sampler.in_dim + 4
+        for index, (weight, bias) in enumerate(weights):
+            last = index == len(weights) - 1
+            rows = len(weight) if last else -(-len(weight) // multiple) * multiple
+            padded = weight.new_zeros(width, rows)
+            padded[: weight.shape[1], : len(weight)] = weight.t()
+            padded_bias = bias.new_zeros(rows)
+            padded_bias[: len(bias)] = bias
+            packed.append((padded, padded_bias))
+            width = rows
+        (first, bias), *rest = packed
+        return cls(
+            feature_CD=first[: sampler.in_dim].to(dtype).contiguous(),
+            geometry_4D=first[sampler.in_dim :].contiguous(),
+            bias_D=bias,
+            layers=[(w.to(dtype).contiguous(), b.to(dtype)) for w, b in rest],
+        )
+
+    @property
+    def width(self) -> int:
+        """D, the padded width of the first layer."""
+        return self.feature_CD.shape[1]
+
+    @property
+    def out_dim(self) -> int:
+        """O, the number of outputs."""
+        return self.layers[-1][0].shape[1] if self.layers else self.width
+
+    @property
+    def flops_per_lr_pixel(self) -> int:
+        """Executed FLOPs of the first layer, once per LR pixel."""
+        return 2 * self.feature_CD.numel()
+
+    @property
+    def flops_per_pixel(self) -> int:
+        """Executed FLOPs of the other layers, once per output pixel."""
+        return sum(2 * weight.numel() for weight, _ in self.layers)
+
+    def axes(self, grid: PixelGrid) -> tuple[Tensor, Tensor]:
+        """What rows (H, D) and columns (W, D) add to the first layer; rows hold its constant."""
+        rel_y, rel_x, cell_y, cell_x = self.geometry_4D
+        constant = self.bias_D + cell_y * grid.rows.cell + cell_x * grid.cols.cell
+        dtype = self.feature_CD.dtype
+        rows_HD = grid.rows.rel[:, None] * rel_y + constant
+        cols_WD = grid.cols.rel[:, None] * rel_x
+        return rows_HD.to(dtype), cols_WD.to(dtype)
+
+    def phases(self, grid: PixelGrid, scale: int) -> Tensor:
+        """(scale * scale, D): what each output pixel of an LR pixel adds, at an integer scale."""
+        rows_HD, cols_WD = self.axes(grid)
+        return (rows_HD[:scale, None] + cols_WD[None, :scale]).flatten(0, 1)
+
+    def finish(self, x_QD: Tensor) -> Tensor:
+        """(Q, D) sums of the first layer, overwritten, to (Q, O)."""
+        for weight, bias in self.layers:
+            x_QD = torch.addmm(bias, x_QD.relu_(), weight)
+        return x_QD
