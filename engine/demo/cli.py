@@ -1,0 +1,206 @@
+"""What demo.py does with its command line."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.conventions import Conventions
+from engine.demo.compare_job import CompareJob
+from engine.demo.enlarge import Enlarger
+from engine.demo.files import find_inputs, is_one_of, prepare_folder, result_stems
+from engine.demo.jobs import Done, Setting, run_batch
+from engine.demo.models import load_demo_original, load_demo_pcsr
+from engine.demo.report import comparison_table
+from engine.demo.upscale_job import UpscaleJob
+from engine.demo.words import check_words
+from engine.evaluation import Figures, mean_of
+from engine.inference_words import routing_from
+from engine.report import write_json
+from engine.restore import OriginalRestorer, PcsrRestorer
+from utils.cli import EXIT_USER_ERROR, Parser
+from utils.device import pick_device
+from utils.errors import UserError
+from utils.log import set_up
+from utils.machine import describe, device_name
+
+_WARM_UP_PX = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is run.
+
+    Attributes:
+        enlarger: PCSR with its routing.
+        original: the network to compare with, or None.
+        conventions: of the comparison's figures; None where nothing is compared.
+        heading: all of it in words.
+        facts: the same in plain JSON values.
+    """
+
+    enlarger: Enlarger
+    original: OriginalRestorer | None
+    conventions: Conventions | None
+    heading: str
+    facts: dict[str, Any]
+
+
+def main(parser: Parser) -> int:
+    """Parse the command line, do the work, and say where the results are.
+
+    Returns:
+        the exit code: 2 where a file of a folder failed.
+    """
+    args = parser.parse_args()
+    check_words(parser, args)
+    set_up()
+    device = pick_device(args.device, args.gpu)
+    inputs = find_inputs(args.img_path)
+    if args.json is not None and is_one_of(args.json, inputs):
+        raise UserError(f"--json {args.json} is an input and would be lost")
+    subject = _load(args, device)
+    _warm_up(subject, device)
+    prepare_folder(args.out_dir)
+    print(subject.heading, flush=True)
+    setting = Setting(result_stems(inputs), args.out_dir, subject.enlarger, device, args.opacity)
+    job = _job(args, setting, subject)
+    failures: dict[Path, str] = {}
+    if args.img_path.is_dir():
+        results, failures = run_batch(inputs, job)
+    else:
+        results = [job(inputs[0])]
+        print(results[0].text)
+    means = _means(results)
+    if means is not None and len(results) > 1:
+        print(f"mean of {len(results)} pictures\n{comparison_table(*means)}")
+    if args.json is not None:
+        write_json(args.json, _to_json(results, means, failures, subject, device))
+    _closing(args.out_dir, results, failures)
+    return EXIT_USER_ERROR if failures else 0
+
+
+def _load(args: argparse.Namespace, device: torch.device) -> Subject:
+    config = None if args.config is None else Path(args.config)
+    pcsr = load_demo_pcsr(args.weights, config, args.overrides, device)
+    routing = routing_from(args, len(pcsr.model.upsamplers))
+    refinement = not args.no_refinement
+    restorer = PcsrRestorer(
+        pcsr.model, routing, refinement=refinement, pixel_batch_size=args.pixel_batch_size
+    )
+    enlarger = Enlarger(restorer, args.model_scale)
+    lines = [
+        f"PCSR on {pcsr.backbone}: {pcsr.path}; {routing.describe()}, "
+        f"refinement {'on' if refinement else 'off'}"
+    ]
+    facts: dict[str, Any] = {
+        "pcsr": str(pcsr.path),
+        "backbone": pcsr.backbone,
+        "routing": routing.describe(),
+        "refinement": refinement,
+        "model_scale": args.model_scale,
+    }
+    on_device = f"device: {device} ({device_name(device)})"
+    if args.upscale:
+        return Subject(enlarger, None, None, "\n".join([*lines, on_device]), facts)
+    original, about = load_demo_original(
+        args.original_weights,
+        args.original_config,
+        backbone=pcsr.backbone,
+        scale=args.scale,
+        device=device,
+    )
+    conventions = Conventions(
+        scale=args.scale,
+        psnr_type="rgb",
+        lr="bicubic float",
+        crop=False,
+        per_image=True,
+        routing=routing.describe(),
+        refinement=refinement,
+    )
+    facts["original"] = about if original else None
+    lines += [
+        f"original: {about}" if original else f"PCSR runs alone: {about}",
+        on_device,
+        f"conventions: {conventions.describe()}; HR is the photograph's centre",
+    ]
+    return Subject(enlarger, original, conventions, "\n".join(lines), facts)
+
+
+def _warm_up(subject: Subject, device: torch.device) -> None:
+    """Run a few pixels, so that the first picture's time does not hold what is done only once.
+
+    It also shows, before any file is touched, a routing that the model cannot do.
+    """
+    lr = torch.zeros(3, _WARM_UP_PX, _WARM_UP_PX, device=device)
+    subject.enlarger(lr, (4 * _WARM_UP_PX, 4 * _WARM_UP_PX))
+    if subject.original is not None:
+        subject.original(lr)
+
+
+def _job(args: argparse.Namespace, setting: Setting, subject: Subject) -> UpscaleJob | CompareJob:
+    if subject.conventions is None:
+        suffix = None if args.format is None else f".{args.format}"
+        return UpscaleJob(
+            setting,
+            scale=args.scale,
+            size=args.size,
+            suffix=suffix,
+            class_map=args.class_map,
+        )
+    return CompareJob(
+        setting,
+        original=subject.original,
+        conventions=subject.conventions,
+        heading=subject.heading,
+        subfolders=args.img_path.is_dir(),
+    )
+
+
+def _means(results: Sequence[Done]) -> tuple[Figures | None, Figures] | None:
+    """The original's and PCSR's means over the photographs; None where nothing was compared."""
+    comparisons = [done.comparison for done in results if done.comparison is not None]
+    if not comparisons:
+        return None
+    originals = [c.original for c in comparisons if c.original is not None]
+    return mean_of(originals) if originals else None, mean_of([c.pcsr for c in comparisons])
+
+
+def _to_json(
+    results: Sequence[Done],
+    means: tuple[Figures | None, Figures] | None,
+    failures: Mapping[Path, str],
+    subject: Subject,
+    device: torch.device,
+) -> dict[str, Any]:
+    content: dict[str, Any] = {"images": [done.record for done in results]}
+    if means is not None:
+        content["mean"] = {
+            model: figures and {k: v for k, v in figures.to_json().items() if k != "name"}
+            for model, figures in zip(("original", "pcsr"), means, strict=True)
+        }
+    content["failures"] = [
+        {"name": path.name, "reason": reason} for path, reason in failures.items()
+    ]
+    if subject.conventions is not None:
+        content["conventions"] = {**subject.conventions.to_json(), "hr_crop": "centre"}
+    return {**content, "model": subject.facts, "machine": describe(device)}
+
+
+def _closing(out_dir: Path, results: Sequence[Done], failures: Mapping[Path, str]) -> None:
+    """Where the results are, and what failed, last."""
+    if len(results) == 1 and not failures:
+        print(f"The results are in {out_dir}: {', '.join(f.name for f in results[0].files)}")
+    elif results:
+        print(f"The results of {len(results)} pictures are in {out_dir}")
+    if failures:
+        sys.stdout.flush()
+        total = len(results) + len(failures)
+        print(f"{len(failures)} of {total} pictures failed:", file=sys.stderr)
+        for reason in failures.values():
+            print(f"error: {reason}", file=sys.stderr)
