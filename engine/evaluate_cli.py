@@ -125,7 +125,10 @@ def main(parser: Parser, prepare: Prepare) -> int:
     config = load_config(args.config, args.overrides)
     paths = _image_paths(args, config)
     weights = args.weights or find_weights(Path("save") / config.name)
-    subject = prepare(args, config, weights, device, _patches(args, config))
+    patches = _patches(args, config)
+    subject = prepare(args, config, weights, device, patches)
+    if patches is not None:
+        _check_scale(patches, subject.scale)
     conventions = _conventions(args, config, subject, has_lr=paths.lr is not None)
     images = EvaluationSet(paths, conventions)
     parameters = sum(p.numel() for p in subject.model.parameters())
@@ -195,6 +198,16 @@ def _patches(args: argparse.Namespace, config: Config) -> Patches | None:
     if args.per_image:
         return None
     return Patches(config.patch_size, config.step, args.patch_batch_size)
+
+
+def _check_scale(patches: Patches, scale: float) -> None:
+    """Refuse a scale at which patches do not begin and end between output pixels."""
+    for length in (patches.size, patches.step):
+        if abs(length * scale - round(length * scale)) > 1e-6:
+            raise UserError(
+                f"scale {scale:g}: patches of {patches.size}, step {patches.step}, are not whole "
+                f"numbers of output pixels; use --per_image"
+            )
 
 
 def _conventions(
