@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from models.fuse import fused_encoder
 from models.grid import PixelGrid
 from models.inference import SRResult
 from models.packed import PackedSampler
@@ -22,8 +21,10 @@ from models.pcsr import PCSR
 from models.refinement import refine
 from models.routing import Routing
 
-# LR pixels of a block on a CPU: 4096 x 80 floats of a heavy upsampler are 1.3 MB, under L2's 2 MB.
-CPU_BLOCK_PX = 4096
+# Sizes that keep a block's data in a CPU's L2 cache: 4096 pixels of a heavy upsampler of width 80
+# are 1.3 MB.
+BLOCK_PX = 1024
+CHUNK_PX = 4096
 
 
 class FastPCSR:
@@ -32,17 +33,19 @@ class FastPCSR:
     Args:
         model: in eval mode, on its device.
         block_px: LR pixels that are worked on at once.
+        chunk_px: output pixels that go through an upsampler at once.
     """
 
-    def __init__(self, model: PCSR, *, block_px: int = CPU_BLOCK_PX) -> None:
+    def __init__(self, model: PCSR, *, block_px: int = BLOCK_PX, chunk_px: int = CHUNK_PX) -> None:
         self.norm = model.norm
         self.skip = model.skip
-        self.encoder = fused_encoder(model.encoder)
+        self.encoder = model.encoder.fused()
         self.upsamplers = [PackedSampler.pack(sampler) for sampler in model.upsamplers]
         self.classifier = None
         if model.classifier is not None:
             self.classifier = PackedSampler.pack(model.classifier, margins=True)
         self.block_px = block_px
+        self.chunk_px = chunk_px
 
     @torch.inference_mode()
     def super_resolve(
@@ -72,7 +75,7 @@ class FastPCSR:
         log_costs: Sequence[float],
         refinement: bool,
     ) -> tuple[Tensor, Tensor, list[int]]:
-        feat = self.encoder(self.norm.normalise(lr))
+        feat = self.encoder(self.norm.normalise(lr).contiguous(memory_format=torch.channels_last))
         feat_hwC = feat[0].permute(1, 2, 0).contiguous()
         grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
         margins = self._margins(feat_hwC, grid)
@@ -98,16 +101,14 @@ class FastPCSR:
     ) -> None:
         assert self.classifier is not None
         packed = self.classifier
-        phases = packed.phases(grid, scale)
+        phases_PD = packed.phases(grid, scale)
         h, w = feat_hwC.shape[:2]
-        out_KhswS = out_KHW.view(-1, h, scale, w, scale)
+        out_KhSwS = out_KHW.view(-1, h, scale, w, scale)
         for rows in self._strips(h, w):
             lr_QD = feat_hwC[rows].flatten(0, 1) @ packed.feature_CD
-            for index, phase in enumerate(phases):
-                y_QK = packed.finish(lr_QD + phase)
-                out_KhswS[:, rows, index // scale, :, index % scale] = y_QK.t().unflatten(
-                    1, (-1, w)
-                )
+            y_PQK = packed.finish((lr_QD + phases_PD[:, None]).flatten(0, 1))
+            y_SSrwK = y_PQK.view(scale, scale, -1, w, packed.out_dim)
+            out_KhSwS[:, rows] = y_SSrwK.permute(4, 2, 0, 3, 1)
 
     def _margins_any(self, out_KHW: Tensor, feat_hwC: Tensor, grid: PixelGrid) -> None:
         assert self.classifier is not None
@@ -139,23 +140,32 @@ class FastPCSR:
         scale: int,
     ) -> list[int]:
         h, w = feat_hwC.shape[:2]
-        sr = sr_3HW.view(3, h, scale, w, scale)
-        classes = classes_HW.view(h, scale, w, scale)
+        sr_3hSwS = sr_3HW.view(3, h, scale, w, scale)
+        classes_hSwS = classes_HW.view(h, scale, w, scale)
         tables = [packed.phases(grid, scale) for packed in self.upsamplers]
         counts = [0] * len(self.upsamplers)
         for rows in self._strips(h, w):
             feat_QC = feat_hwC[rows].flatten(0, 1)
-            lr_parts = [feat_QC @ packed.feature_CD for packed in self.upsamplers]
-            for index in range(scale * scale):
-                y, x = divmod(index, scale)
-                chosen = classes[rows, y, :, x].flatten()
-                residual_Q3 = feat_QC.new_empty(len(chosen), 3)
-                for j, packed in enumerate(self.upsamplers):
-                    picked = (chosen == j).nonzero()[:, 0]
-                    counts[j] += len(picked)
-                    x_QD = lr_parts[j].index_select(0, picked).add_(tables[j][index])
-                    residual_Q3.index_copy_(0, picked, packed.finish(x_QD))
-                sr[:, rows, y, :, x] += (residual_Q3 * std).t().unflatten(1, (-1, w))
+            # Phase by phase, so that what a phase adds is added to a contiguous run of pixels.
+            classes_PQ = classes_hSwS[rows].permute(1, 3, 0, 2).reshape(scale * scale, -1)
+            residual = feat_QC.new_empty(classes_PQ.numel(), 3)
+            for j, packed in enumerate(self.upsamplers):
+                mask_PQ = classes_PQ == j
+                ends = mask_PQ.sum(dim=1).cumsum(0).tolist()
+                if ends[-1] == 0:
+                    continue
+                counts[j] += ends[-1]
+                phase, source = mask_PQ.nonzero(as_tuple=True)
+                target = phase.mul_(classes_PQ.shape[1]).add_(source)
+                lr_QD = feat_QC @ packed.feature_CD
+                for run in _runs(ends, self.chunk_px):
+                    part = slice(run[0][1], run[-1][2])
+                    x_QD = lr_QD.index_select(0, source[part])
+                    for index, start, end in run:
+                        x_QD[start - part.start : end - part.start].add_(tables[j][index])
+                    residual.index_copy_(0, target[part], packed.finish(x_QD))
+            residual_SSrw3 = (residual * std).view(scale, scale, -1, w, 3)
+            sr_3hSwS[:, rows].add_(residual_SSrw3.permute(4, 2, 0, 3, 1))
         return counts
 
     def _add_any(
@@ -182,7 +192,7 @@ class FastPCSR:
                 x_QD = (feat_QC @ packed.feature_CD).index_select(0, source)
                 x_QD.add_(rows_HD[row]).add_(cols_WD[col])
                 residual_Q3.index_copy_(0, picked, packed.finish(x_QD))
-            sr_3HW[:, first:last] += (residual_Q3 * std).t().unflatten(1, (last - first, W))
+            sr_3HW[:, first:last].add_((residual_Q3 * std).t().unflatten(1, (last - first, W)))
         return counts
 
     def _strips(self, h: int, w: int) -> Iterator[slice]:
@@ -199,3 +209,16 @@ class FastPCSR:
             last = min(H, first + step)
             nearest = grid.rows.nearest
             yield first, last, slice(int(nearest[first]), int(nearest[last - 1]) + 1)
+
+
+def _runs(ends: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Group consecutive (phase, start, end) so that a group holds about `most` pixels."""
+    run: list[tuple[int, int, int]] = []
+    start = 0
+    for phase, end in enumerate(ends):
+        if run and end - run[0][1] > most:
+            yield run
+            run = []
+        run.append((phase, start, end))
+        start = end
+    yield run

@@ -1,4 +1,4 @@
-"""Encoders prepared for inference: batch norm folded, convolutions channels-last."""
+"""Networks prepared for inference: batch norm folded, convolutions channels-last."""
 
 import copy
 
@@ -6,12 +6,10 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.backbones.base import SRNetwork
 
-
-def fused_encoder(encoder: SRNetwork) -> nn.Module:
-    """A copy of `encoder` for inference, equal up to rounding; `encoder` is left as it is."""
-    fused = copy.deepcopy(encoder).eval().requires_grad_(False)
+def fused_copy(network: nn.Module) -> nn.Module:
+    """A copy of `network` for inference, equal up to rounding; `network` is left as it is."""
+    fused = copy.deepcopy(network).eval().requires_grad_(False)
     fold_batch_norm(fused)
     return fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

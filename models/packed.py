@@ -18,18 +18,21 @@ class PackedSampler:
     """The weights of a :class:`LIIFSampler` in the order that :meth:`finish` reads them.
 
     ``W1 [f; rel; cell] + b1 = Wf f + wy rel_y + wx rel_x + (Wc cell + b1)``; see `models.sampler`.
+    Each hidden layer has a unit that is always 1, whose outgoing weights are the next layer's
+    bias: a product without a bias saves a pass over its output (measured: a fifth of the time of
+    a light upsampler). Widths are padded with zeros.
 
     Attributes:
         feature_CD: Wf transposed.
         geometry_4D: the columns of W1 for rel_y, rel_x, cell_y, cell_x.
-        bias_D: b1.
-        layers: (weight transposed, bias) of the other layers; the last is not padded.
+        bias_D: b1, and 1 for the unit that is always 1.
+        layers: transposed weights of the other layers; the last is not padded.
     """
 
     feature_CD: Tensor
     geometry_4D: Tensor
     bias_D: Tensor
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[Tensor]
 
     @classmethod
     def pack(
@@ -37,14 +40,14 @@ class PackedSampler:
         sampler: LIIFSampler,
         *,
         dtype: torch.dtype = torch.float32,
-        multiple: int = 16,
+        multiple: int = 8,
         margins: bool = False,
     ) -> "PackedSampler":
         """Pack a sampler's weights.
 
         Args:
             dtype: of the products; geometry stays float32 until it is added.
-            multiple: hidden widths are padded with zeros to a multiple of this.
+            multiple: hidden widths are padded to a multiple of this.
             margins: give each output relative to the first one, which is left out: of a
                 classifier's logits, routing needs no more.
         """
@@ -52,34 +55,36 @@ class PackedSampler:
         if margins:
             weight, bias = weights[-1]
             weights[-1] = weight[1:] - weight[:1], bias[1:] - bias[:1]
-        packed = []
-        width = sampler.in_dim + 4
-        for index, (weight, bias) in enumerate(weights):
-            last = index == len(weights) - 1
-            rows = len(weight) if last else -(-len(weight) // multiple) * multiple
-            padded = weight.new_zeros(width, rows)
-            padded[: weight.shape[1], : len(weight)] = weight.t()
-            padded_bias = bias.new_zeros(rows)
-            padded_bias[: len(bias)] = bias
-            packed.append((padded, padded_bias))
-            width = rows
-        (first, bias), *rest = packed
+        (first, first_bias), *rest = weights
+        width = _padded(len(first), multiple) if rest else len(first)
+        first_TD = first.new_zeros(sampler.in_dim + 4, width)
+        first_TD[:, : len(first)] = first.t()
+        bias_D = first.new_zeros(width)
+        bias_D[: len(first)] = first_bias
+        bias_D[len(first) : len(first) + 1] = 1
+        layers = []
+        for weight, bias in rest:
+            out, used = weight.shape
+            last = weight is rest[-1][0]
+            columns = out if last else _padded(out, multiple)
+            layer = weight.new_zeros(width, columns)
+            layer[:used, :out] = weight.t()
+            layer[used, :out] = bias
+            if not last:
+                layer[used, out] = 1
+            layers.append(layer.to(dtype))
+            width = columns
         return cls(
-            feature_CD=first[: sampler.in_dim].to(dtype).contiguous(),
-            geometry_4D=first[sampler.in_dim :].contiguous(),
-            bias_D=bias,
-            layers=[(w.to(dtype).contiguous(), b.to(dtype)) for w, b in rest],
+            feature_CD=first_TD[: sampler.in_dim].to(dtype).contiguous(),
+            geometry_4D=first_TD[sampler.in_dim :].contiguous(),
+            bias_D=bias_D,
+            layers=layers,
         )
-
-    @property
-    def width(self) -> int:
-        """D, the padded width of the first layer."""
-        return self.feature_CD.shape[1]
 
     @property
     def out_dim(self) -> int:
         """O, the number of outputs."""
-        return self.layers[-1][0].shape[1] if self.layers else self.width
+        return self.layers[-1].shape[1] if self.layers else self.feature_CD.shape[1]
 
     @property
     def flops_per_lr_pixel(self) -> int:
@@ -89,7 +94,7 @@ class PackedSampler:
     @property
     def flops_per_pixel(self) -> int:
         """Executed FLOPs of the other layers, once per output pixel."""
-        return sum(2 * weight.numel() for weight, _ in self.layers)
+        return sum(2 * weight.numel() for weight in self.layers)
 
     def axes(self, grid: PixelGrid) -> tuple[Tensor, Tensor]:
         """What rows (H, D) and columns (W, D) add to the first layer; rows hold its constant."""
@@ -107,6 +112,11 @@ class PackedSampler:
 
     def finish(self, x_QD: Tensor) -> Tensor:
         """(Q, D) sums of the first layer, overwritten, to (Q, O)."""
-        for weight, bias in self.layers:
-            x_QD = torch.addmm(bias, x_QD.relu_(), weight)
+        for weight in self.layers:
+            x_QD = torch.mm(x_QD.relu_(), weight)
         return x_QD
+
+
+def _padded(width: int, multiple: int) -> int:
+    """`width` and the unit that is always 1, rounded up."""
+    return -(-(width + 1) // multiple) * multiple

@@ -3,8 +3,11 @@
 Axes: B batch, H W output.
 """
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+# Rows that are averaged at once: their temporaries stay in cache.
+_STRIP_ROWS = 64
 
 
 def refine(prediction_B3HW: Tensor, classes_BHW: Tensor) -> Tensor:
@@ -16,16 +19,32 @@ def refine(prediction_B3HW: Tensor, classes_BHW: Tensor) -> Tensor:
 
     Args:
         prediction_B3HW: (B, 3, H, W) float, any range.
-        classes_BHW: (B, H, W) integer, 0 the lightest upsampler; at most 256 classes.
+        classes_BHW: (B, H, W) uint8, 0 the lightest upsampler.
 
     Returns:
         (B, 3, H, W), same dtype; `prediction_B3HW` is left unchanged.
     """
     refined = prediction_B3HW.clone()
-    if min(prediction_B3HW.shape[-2:]) < 3:
+    height, width = prediction_B3HW.shape[-2:]
+    if min(height, width) < 3:
         return refined
-    classes = classes_BHW[:, None].to(prediction_B3HW.dtype)
-    below_heavier = F.max_pool2d(classes, 3, stride=1) > classes[..., 1:-1, 1:-1]
-    inner = refined[..., 1:-1, 1:-1]
-    inner.copy_(F.avg_pool2d(prediction_B3HW, 3, stride=1).where(below_heavier, inner))
+    below_heavier = _heaviest_of_3x3(classes_BHW)[:, 1:-1, 1:-1] > classes_BHW[:, 1:-1, 1:-1]
+    for first in range(1, height - 1, _STRIP_ROWS):
+        last = min(height - 1, first + _STRIP_ROWS)
+        above, here, under = (prediction_B3HW[:, :, first + d : last + d] for d in (-1, 0, 1))
+        columns = (above + here).add_(under)
+        mean = (columns[..., :-2] + columns[..., 1:-1]).add_(columns[..., 2:]).mul_(1 / 9)
+        inner = refined[:, :, first:last, 1:-1]
+        inner.copy_(mean.where(below_heavier[:, None, first - 1 : last - 1], inner))
     return refined
+
+
+def _heaviest_of_3x3(classes_BHW: Tensor) -> Tensor:
+    """Largest class among the 3x3 neighbours that lie inside the image."""
+    rows = classes_BHW.clone()
+    rows[:, :, 1:] = torch.maximum(rows[:, :, 1:], classes_BHW[:, :, :-1])
+    rows[:, :, :-1] = torch.maximum(rows[:, :, :-1], classes_BHW[:, :, 1:])
+    both = rows.clone()
+    both[:, 1:] = torch.maximum(both[:, 1:], rows[:, :-1])
+    both[:, :-1] = torch.maximum(both[:, :-1], rows[:, 1:])
+    return both

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.fuse import fused_copy
 from models.normalise import DataNorm
 from utils.errors import UserError
 
@@ -57,6 +58,13 @@ class SRNetwork(nn.Module):
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
         """Features and normalised LR to the normalised output (B, 3, scale h, scale w)."""
         raise NotImplementedError
+
+    def fused(self) -> nn.Module:
+        """A copy for inference, equal up to rounding and faster; this network is left as it is.
+
+        A backbone whose memory traffic can be cut further returns a module of its own.
+        """
+        return fused_copy(self)
 
     def forward(self, lr: Tensor) -> Tensor:
         if self.no_upsampling:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork, conv3x3, shuffle_steps
+from models.backbones.carn_fused import FusedCarn
 from models.normalise import DIV2K_MEAN
 from models.registry import MODELS
 from utils.errors import UserError
@@ -131,6 +132,10 @@ class CARN(SRNetwork):
 
     def features(self, x: Tensor) -> Tensor:
         return cascade(self.entry(x), [self.b1, self.b2, self.b3], [self.c1, self.c2, self.c3])
+
+    def fused(self) -> nn.Module:
+        folded = super().fused()
+        return FusedCarn(folded) if self.no_upsampling else folded
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
         return self.exit(self.upsample(feat))
