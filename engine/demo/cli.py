@@ -90,7 +90,11 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
     routing = routing_from(args, len(pcsr.model.upsamplers))
     refinement = not args.no_refinement
     restorer = PcsrRestorer(
-        pcsr.model, routing, refinement=refinement, pixel_batch_size=args.pixel_batch_size
+        pcsr.model,
+        routing,
+        refinement=refinement,
+        pixel_batch_size=args.pixel_batch_size,
+        engine=args.engine,
     )
     enlarger = Enlarger(restorer, args.model_scale)
     lines = [
