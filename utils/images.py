@@ -167,36 +167,46 @@ def to_array(image_3HW: torch.Tensor, bit_depth: int = 8) -> np.ndarray:
 def write_picture(path: str | Path, picture: Picture, exist_ok: bool = True) -> None:
     """Write `picture` in the format that the suffix of `path` names.
 
-    The file appears complete or not at all: it is written under a temporary name in the same
-    folder and renamed. JPEG and BMP drop alpha, all but PNG and TIFF round 16 bits to 8; a
-    warning is logged. WebP is written without loss.
+    The file appears complete or not at all, even if the machine fails: see `replace_file`.
 
     Raises:
-        UserError: unknown suffix, a picture that the format cannot hold, or an existing file with
-            `exist_ok` false.
+        UserError: as `encode_picture`, or an existing file with `exist_ok` false.
         OSError: the file cannot be written (disk full, no permission); it names `path`.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
-        raise UserError(f"cannot write {path}: its suffix is not one of {' '.join(IMAGE_SUFFIXES)}")
     if not exist_ok and path.exists():
         raise UserError(f"{path} exists already")
-    picture = _fit_to_format(picture, path)
-    samples = picture.rgb
-    if picture.alpha is not None:
-        samples = np.concatenate([samples, picture.alpha[:, :, None]], axis=2)
-    try:
-        data = encode(samples, suffix, picture.icc_profile)
-    except (ValueError, OSError, cv2.error) as error:
-        size = f"{picture.width}x{picture.height}"
-        raise UserError(f"cannot write {path} ({size}) as {suffix[1:]}: {error}") from error
+    data = encode_picture(picture, path)
     try:
         with replace_file(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
         # The temporary name says nothing to the user.
         raise OSError(error.errno, error.strerror or "cannot be written", str(path)) from error
+
+
+def encode_picture(picture: Picture, path: str | Path) -> bytes:
+    """The bytes of a picture file in the format that the suffix of `path` names.
+
+    JPEG and BMP drop alpha, all but PNG and TIFF round 16 bits to 8; a warning is logged. WebP is
+    compressed without loss.
+
+    Raises:
+        UserError: unknown suffix, or a picture that the format cannot hold.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise UserError(f"cannot write {path}: its suffix is not one of {' '.join(IMAGE_SUFFIXES)}")
+    picture = _fit_to_format(picture, path)
+    samples = picture.rgb
+    if picture.alpha is not None:
+        samples = np.concatenate([samples, picture.alpha[:, :, None]], axis=2)
+    try:
+        return encode(samples, suffix, picture.icc_profile)
+    except (ValueError, OSError, cv2.error) as error:
+        size = f"{picture.width}x{picture.height}"
+        raise UserError(f"cannot write {path} ({size}) as {suffix[1:]}: {error}") from error
 
 
 def _fit_to_format(picture: Picture, path: Path) -> Picture:
