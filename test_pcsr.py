@@ -32,6 +32,7 @@ def prepare(
         routing,
         refinement=not args.no_refinement,
         pixel_batch_size=args.pixel_batch_size,
+        engine=args.engine,
         patches=patches,
     )
     return Subject(

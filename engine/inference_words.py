@@ -4,7 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from models.inference import PIXEL_BATCH_SIZE
+from engine.restore import ENGINES
+from models.reference import PIXEL_BATCH_SIZE
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
 from utils.cli import finite_float, positive_int
 from utils.errors import UserError
@@ -65,7 +66,13 @@ def add_routing_words(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=PIXEL_BATCH_SIZE,
         metavar="N",
-        help="Pixels that go through an upsampler at once: fewer take less memory.",
+        help="At most this many pixels go through an upsampler at once: fewer take less memory.",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="fast",
+        help="fast, or reference: the straightforward computation, slower, the same picture.",
     )
 
 

@@ -5,26 +5,32 @@ Axes: h w LR, H W output, M upsamplers.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork
+from models.fast import CHUNK_PX, FastEngine
 from models.inference import (
     PATCH_BATCH_SIZE,
-    PIXEL_BATCH_SIZE,
+    Engine,
+    PatchCanvas,
     patch_corners,
     super_resolve,
     super_resolve_patches,
 )
 from models.pcsr import PCSR
+from models.reference import PIXEL_BATCH_SIZE, ReferenceEngine
 from models.routing import KRouting, Routing
 from utils.checkpoint import build_model, check_same_model, load_checkpoint
 from utils.config import Config
 from utils.errors import UserError
 from utils.flops import PcsrCost, executed_flops, paper_flops
 from utils.machine import Timer
+
+EngineName = Literal["fast", "reference"]
+ENGINES: tuple[EngineName, ...] = ("fast", "reference")
 
 
 @dataclass(frozen=True)
@@ -96,14 +102,12 @@ class OriginalRestorer:
         h, w = lr.shape[-2:]
         corners, (ph, pw) = patch_corners((h, w), self.patches.size, self.patches.step)
         patches = torch.cat([lr[..., y : y + ph, x : x + pw] for y, x in corners])
-        total, weight = lr.new_zeros(3, h * s, w * s), lr.new_zeros(h * s, w * s)
+        canvas = PatchCanvas((h * s, w * s), lr)
         parts = patches.split(self.patches.batch_size)
         outputs = torch.cat([self.model(part) for part in parts])
         for (y, x), output in zip(corners, outputs, strict=True):
-            area = (slice(y * s, (y + ph) * s), slice(x * s, (x + pw) * s))
-            total[:, *area] += output
-            weight[area] += 1
-        return (total / weight)[None], (len(corners), 3, ph, pw)
+            canvas.add((y * s, x * s), output)
+        return canvas.mean(), (len(corners), 3, ph, pw)
 
 
 class PcsrRestorer:
@@ -113,8 +117,9 @@ class PcsrRestorer:
         model: in eval mode, on its device.
         routing: which upsampler each pixel gets.
         refinement: smooth the borders between regions of different upsamplers.
-        pixel_batch_size: pixels that go through an MLP at once.
+        pixel_batch_size: at most this many pixels go through an MLP at once.
         patches: work patch by patch; None for whole images.
+        engine: "fast", or "reference" for the straightforward one.
     """
 
     def __init__(
@@ -125,12 +130,13 @@ class PcsrRestorer:
         refinement: bool = True,
         pixel_batch_size: int = PIXEL_BATCH_SIZE,
         patches: Patches | None = None,
+        engine: EngineName = "fast",
     ) -> None:
         self.model = model
         self.routing = routing or KRouting(0.0)
         self.refinement = refinement
-        self.pixel_batch_size = pixel_batch_size
         self.patches = patches
+        self.engine = make_engine(model, engine, pixel_batch_size)
         self.cost = PcsrCost.of(model)
 
     @torch.inference_mode()
@@ -138,18 +144,19 @@ class PcsrRestorer:
         """`lr` (3, h, w) float RGB in [0, 1] on the model's device to SR of `size` (H, W)."""
         lr_size = (lr.shape[-2], lr.shape[-1])
         log_costs = self.cost.log_costs(lr_size, size)
-        common: dict[str, Any] = {
-            "refinement": self.refinement,
-            "pixel_batch_size": self.pixel_batch_size,
-        }
         with Timer(lr.device) as timer:
             if self.patches is None:
                 result = super_resolve(
-                    self.model, lr[None], size, self.routing, log_costs, **common
+                    self.engine,
+                    lr[None],
+                    size,
+                    self.routing,
+                    log_costs,
+                    refinement=self.refinement,
                 )
             else:
                 result = super_resolve_patches(
-                    self.model,
+                    self.engine,
                     lr[None],
                     _common_scale(lr_size, size),
                     self.routing,
@@ -157,20 +164,26 @@ class PcsrRestorer:
                     patch_size=self.patches.size,
                     step=self.patches.step,
                     patch_batch_size=self.patches.batch_size,
-                    **common,
+                    refinement=self.refinement,
                 )
-        count, *encoded = result.encoded_size
+        patches, *encoded = result.encoded_size
+        encoded_size = (encoded[0], encoded[1])
         counts = result.pixel_counts
         return Restored(
             sr=result.sr[0],
             classes=result.classes[0],
             shares=[n / sum(counts) for n in counts],
-            flops_paper=self.cost.paper_total((encoded[0], encoded[1]), counts, patches=count),
-            flops_executed=self.cost.executed_reference_total(
-                (encoded[0], encoded[1]), counts, patches=count
-            ),
+            flops_paper=self.cost.paper_total(encoded_size, counts, patches=patches),
+            flops_executed=patches * self.cost.encoder_executed(encoded_size) + result.mlp_flops,
             time_s=timer.elapsed_s,
         )
+
+
+def make_engine(model: PCSR, name: EngineName, pixel_batch_size: int = PIXEL_BATCH_SIZE) -> Engine:
+    """The engine called `name`, holding at most `pixel_batch_size` pixels in an MLP at once."""
+    if name == "reference":
+        return ReferenceEngine(model, pixel_batch_size=pixel_batch_size)
+    return FastEngine(model, chunk_px=min(CHUNK_PX, pixel_batch_size))
 
 
 def load_model(path: Path, device: torch.device, config: Config | None = None) -> nn.Module:

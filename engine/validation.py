@@ -1,7 +1,7 @@
 """Validation while training: whole images, no refinement, shared out over the ranks."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from engine.data import rank_share
-from models.inference import super_resolve
+from engine.restore import OriginalRestorer, PcsrRestorer, Restored
+from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
-from models.routing import FixedRouting, KRouting, Routing
+from models.routing import FixedRouting, KRouting
 from utils.distributed import World, gather_objects
-from utils.flops import PcsrCost, paper_flops
 from utils.metrics import PsnrType, psnr
 
 logger = logging.getLogger(__name__)
@@ -51,21 +51,17 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    routings: dict[str, Routing] = {"sr": FixedRouting(-1)}
-    if isinstance(model, PCSR) and model.classifier is not None:
-        routings = {"k0": KRouting(0.0), "heavy": FixedRouting(-1)}
-    cost = PcsrCost.of(model) if isinstance(model, PCSR) else None
+    restorers = _restorers(model)
     results = []
     for scale, samples in sets:
-        figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in routings}
+        figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in restorers}
         for _, sample in rank_share(samples, world):
-            lr = sample["lr"][None].to(world.device)
-            hr = sample["hr"][None].to(world.device)
-            for name, routing in routings.items():
-                figures[name].append(_figures(model, cost, lr, hr, routing, psnr_type))
+            lr, hr = sample["lr"].to(world.device), sample["hr"].to(world.device)
+            for name, restore in restorers.items():
+                figures[name].append(_figures(restore, lr, hr, psnr_type))
         shares = gather_objects(figures)
         rows = []
-        for name in routings:
+        for name in restorers:
             values = torch.tensor([v for share in shares for v in share[name]]).mean(dim=0)
             rows.append(ValidationRow(name, *values.tolist()))
         results.append((scale, rows))
@@ -73,23 +69,29 @@ def validate(
     return results
 
 
+def _restorers(model: nn.Module) -> dict[str, Callable[[Tensor, tuple[int, int]], Restored]]:
+    if not isinstance(model, PCSR):
+        assert isinstance(model, SRNetwork)
+        restorer = OriginalRestorer(model)
+        return {"sr": lambda lr, _size: restorer(lr)}
+    if model.classifier is None:
+        return {"sr": PcsrRestorer(model, FixedRouting(-1), refinement=False)}
+    return {
+        "k0": PcsrRestorer(model, KRouting(0.0), refinement=False),
+        "heavy": PcsrRestorer(model, FixedRouting(-1), refinement=False),
+    }
+
+
 def _figures(
-    model: nn.Module,
-    cost: PcsrCost | None,
+    restore: Callable[[Tensor, tuple[int, int]], Restored],
     lr: Tensor,
     hr: Tensor,
-    routing: Routing,
     psnr_type: PsnrType,
 ) -> tuple[float, float, float]:
+    """PSNR in dB, GFLOPs (paper) and share of heavy pixels of one image."""
     size = (hr.shape[-2], hr.shape[-1])
     border_px = round((size[0] / lr.shape[-2] + size[1] / lr.shape[-1]) / 2)
-    if isinstance(model, PCSR) and cost is not None:
-        lr_size = (lr.shape[-2], lr.shape[-1])
-        log_costs = cost.log_costs(lr_size, size)
-        result = super_resolve(model, lr, size, routing, log_costs, refinement=False)
-        sr, share = result.sr, result.pixel_counts[-1] / sum(result.pixel_counts)
-        flops = cost.paper_total(lr_size, result.pixel_counts)
-    else:
-        sr, share = model(lr), 1.0
-        flops = paper_flops(model, lr)
-    return psnr(sr[0], hr[0], psnr_type=psnr_type, border_px=border_px), flops / 1e9, share
+    restored = restore(lr, size)
+    heavy_share = restored.shares[-1] if restored.shares else 1.0
+    figure = psnr(restored.sr, hr, psnr_type=psnr_type, border_px=border_px)
+    return figure, restored.flops_paper / 1e9, heavy_share

@@ -1,4 +1,4 @@
-"""The fast inference path: equal to `models.inference` up to rounding, and what users run.
+"""The fast engine: equal to `models.reference` up to rounding, and what users run.
 
 What makes it fast: the first layer of every MLP runs once per LR pixel (see `models.sampler`);
 batch norm is folded and convolutions run channels-last; each pixel goes through its own upsampler
@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from models.grid import PixelGrid
-from models.inference import SRResult
+from models.inference import Upsampled
 from models.packed import PackedSampler
 from models.pcsr import PCSR
-from models.refinement import refine
-from models.routing import Routing
 
 # Sizes that keep a block's data in a CPU's L2 cache: 4096 pixels of a heavy upsampler of width 80
 # are 1.3 MB.
@@ -27,7 +25,7 @@ BLOCK_PX = 1024
 CHUNK_PX = 4096
 
 
-class FastPCSR:
+class FastEngine:
     """A PCSR model packed for inference; its weights are copied, the model is left as it is.
 
     Args:
@@ -47,60 +45,49 @@ class FastPCSR:
         self.block_px = block_px
         self.chunk_px = chunk_px
 
-    @torch.inference_mode()
-    def super_resolve(
-        self,
-        lr: Tensor,
-        size: tuple[int, int],
-        routing: Routing,
-        log_costs: Sequence[float],
-        *,
-        refinement: bool = True,
-    ) -> SRResult:
-        """Super-resolve whole images, each routed on its own; see `models.inference`."""
-        results = [self._one(image[None], size, routing, log_costs, refinement) for image in lr]
-        counts = [sum(per_class) for per_class in zip(*(r[2] for r in results), strict=True)]
-        return SRResult(
-            torch.cat([r[0] for r in results]),
-            torch.cat([r[1] for r in results]),
-            counts,
-            (len(lr), lr.shape[-2], lr.shape[-1]),
-        )
+    def encode(self, lr: Tensor) -> Tensor:
+        x = self.norm.normalise(lr)
+        return self.encoder(x.contiguous(memory_format=torch.channels_last))
 
-    def _one(
-        self,
-        lr: Tensor,
-        size: tuple[int, int],
-        routing: Routing,
-        log_costs: Sequence[float],
-        refinement: bool,
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        feat = self.encoder(self.norm.normalise(lr).contiguous(memory_format=torch.channels_last))
-        feat_hwC = feat[0].permute(1, 2, 0).contiguous()
-        grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
-        margins = self._margins(feat_hwC, grid)
-        classes = routing.classes(margins, log_costs)
-        sr = self.skip(lr, size)
-        counts = self._add_residuals(sr, feat_hwC, grid, classes[0])
-        return (refine(sr, classes) if refinement else sr), classes, counts
+    def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
+        packed = self.classifier
+        outputs = packed.out_dim if packed else 0
+        shape = (len(feat_BChw), outputs, *grid.out_size)
+        margins_BKHW = torch.empty(shape, dtype=torch.float32, device=feat_BChw.device)
+        if packed is None:
+            return margins_BKHW, 0
+        flops = 0
+        scale = grid.integer_scale
+        for margins_KHW, feat_hwC in zip(margins_BKHW, _pixel_major(feat_BChw), strict=True):
+            if scale is None:
+                flops += self._margins_any(packed, margins_KHW, feat_hwC, grid)
+            else:
+                flops += self._margins_phases(packed, margins_KHW, feat_hwC, grid, scale)
+        return margins_BKHW, flops
 
-    def _margins(self, feat_hwC: Tensor, grid: PixelGrid) -> Tensor:
-        """(1, K, H, W) float32: the classifier's logits relative to the lightest upsampler's."""
-        H, W = grid.out_size
-        if self.classifier is None:
-            return feat_hwC.new_zeros(1, 0, H, W, dtype=torch.float32)
-        margins_KHW = feat_hwC.new_empty(self.classifier.out_dim, H, W, dtype=torch.float32)
-        if grid.integer_scale is None:
-            self._margins_any(margins_KHW, feat_hwC, grid)
-        else:
-            self._margins_phases(margins_KHW, feat_hwC, grid, grid.integer_scale)
-        return margins_KHW[None]
+    def upsample(
+        self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
+    ) -> Upsampled:
+        sr = self.skip(lr, grid.out_size)
+        work = _Work(len(self.upsamplers))
+        scale = grid.integer_scale
+        for sr_3HW, feat_hwC, classes_HW in zip(
+            sr, _pixel_major(feat_BChw), classes_BHW, strict=True
+        ):
+            if scale is None:
+                self._add_any(sr_3HW, feat_hwC, grid, classes_HW, work)
+            else:
+                self._add_phases(sr_3HW, feat_hwC, grid, classes_HW, scale, work)
+        return Upsampled(sr, work.pixel_counts, work.flops)
 
     def _margins_phases(
-        self, out_KHW: Tensor, feat_hwC: Tensor, grid: PixelGrid, scale: int
-    ) -> None:
-        assert self.classifier is not None
-        packed = self.classifier
+        self,
+        packed: PackedSampler,
+        out_KHW: Tensor,
+        feat_hwC: Tensor,
+        grid: PixelGrid,
+        scale: int,
+    ) -> int:
         phases_PD = packed.phases(grid, scale)
         h, w = feat_hwC.shape[:2]
         out_KhSwS = out_KHW.view(-1, h, scale, w, scale)
@@ -109,10 +96,12 @@ class FastPCSR:
             y_PQK = packed.finish((lr_QD + phases_PD[:, None]).flatten(0, 1))
             y_SSrwK = y_PQK.view(scale, scale, -1, w, packed.out_dim)
             out_KhSwS[:, rows] = y_SSrwK.permute(4, 2, 0, 3, 1)
+        return packed.flops(h * w, out_KHW[0].numel())
 
-    def _margins_any(self, out_KHW: Tensor, feat_hwC: Tensor, grid: PixelGrid) -> None:
-        assert self.classifier is not None
-        packed = self.classifier
+    def _margins_any(
+        self, packed: PackedSampler, out_KHW: Tensor, feat_hwC: Tensor, grid: PixelGrid
+    ) -> int:
+        flops = 0
         rows_HD, cols_WD = packed.axes(grid)
         for first, last, lr_rows in self._out_strips(grid):
             lr_hwD = feat_hwC[lr_rows] @ packed.feature_CD
@@ -120,15 +109,8 @@ class FastPCSR:
             x = lr_hwD[source][:, grid.cols.nearest] + rows_HD[first:last, None] + cols_WD
             y_QK = packed.finish(x.flatten(0, 1))
             out_KHW[:, first:last] = y_QK.t().unflatten(1, (last - first, -1))
-
-    def _add_residuals(
-        self, sr: Tensor, feat_hwC: Tensor, grid: PixelGrid, classes_HW: Tensor
-    ) -> list[int]:
-        """Add each pixel's upsampler to `sr` (1, 3, H, W) in place; pixels per upsampler."""
-        std = self.norm.std.flatten()
-        if grid.integer_scale is None:
-            return self._add_any(sr[0], feat_hwC, grid, classes_HW, std)
-        return self._add_phases(sr[0], feat_hwC, grid, classes_HW, std, grid.integer_scale)
+            flops += packed.flops(lr_hwD[..., 0].numel(), len(y_QK))
+        return flops
 
     def _add_phases(
         self,
@@ -136,14 +118,14 @@ class FastPCSR:
         feat_hwC: Tensor,
         grid: PixelGrid,
         classes_HW: Tensor,
-        std: Tensor,
         scale: int,
-    ) -> list[int]:
+        work: "_Work",
+    ) -> None:
         h, w = feat_hwC.shape[:2]
         sr_3hSwS = sr_3HW.view(3, h, scale, w, scale)
         classes_hSwS = classes_HW.view(h, scale, w, scale)
         tables = [packed.phases(grid, scale) for packed in self.upsamplers]
-        counts = [0] * len(self.upsamplers)
+        std = self.norm.std.flatten()
         for rows in self._strips(h, w):
             feat_QC = feat_hwC[rows].flatten(0, 1)
             # Phase by phase, so that what a phase adds is added to a contiguous run of pixels.
@@ -154,7 +136,7 @@ class FastPCSR:
                 ends = mask_PQ.sum(dim=1).cumsum(0).tolist()
                 if ends[-1] == 0:
                     continue
-                counts[j] += ends[-1]
+                work.add(j, ends[-1], packed.flops(len(feat_QC), ends[-1]))
                 phase, source = mask_PQ.nonzero(as_tuple=True)
                 target = phase.mul_(classes_PQ.shape[1]).add_(source)
                 lr_QD = feat_QC @ packed.feature_CD
@@ -166,7 +148,6 @@ class FastPCSR:
                     residual.index_copy_(0, target[part], packed.finish(x_QD))
             residual_SSrw3 = (residual * std).view(scale, scale, -1, w, 3)
             sr_3hSwS[:, rows].add_(residual_SSrw3.permute(4, 2, 0, 3, 1))
-        return counts
 
     def _add_any(
         self,
@@ -174,10 +155,10 @@ class FastPCSR:
         feat_hwC: Tensor,
         grid: PixelGrid,
         classes_HW: Tensor,
-        std: Tensor,
-    ) -> list[int]:
+        work: "_Work",
+    ) -> None:
         tables = [packed.axes(grid) for packed in self.upsamplers]
-        counts = [0] * len(self.upsamplers)
+        std = self.norm.std.flatten()
         W, w = grid.cols.out_len, grid.cols.lr_len
         for first, last, lr_rows in self._out_strips(grid):
             feat_QC = feat_hwC[lr_rows].flatten(0, 1)
@@ -185,7 +166,9 @@ class FastPCSR:
             residual_Q3 = feat_QC.new_empty(len(chosen), 3)
             for j, packed in enumerate(self.upsamplers):
                 picked = (chosen == j).nonzero()[:, 0]
-                counts[j] += len(picked)
+                if len(picked) == 0:
+                    continue
+                work.add(j, len(picked), packed.flops(len(feat_QC), len(picked)))
                 row, col = picked // W + first, picked % W
                 source = (grid.rows.nearest[row] - lr_rows.start) * w + grid.cols.nearest[col]
                 rows_HD, cols_WD = tables[j]
@@ -193,7 +176,6 @@ class FastPCSR:
                 x_QD.add_(rows_HD[row]).add_(cols_WD[col])
                 residual_Q3.index_copy_(0, picked, packed.finish(x_QD))
             sr_3HW[:, first:last].add_((residual_Q3 * std).t().unflatten(1, (last - first, W)))
-        return counts
 
     def _strips(self, h: int, w: int) -> Iterator[slice]:
         """Strips of LR rows of about `block_px` pixels."""
@@ -209,6 +191,23 @@ class FastPCSR:
             last = min(H, first + step)
             nearest = grid.rows.nearest
             yield first, last, slice(int(nearest[first]), int(nearest[last - 1]) + 1)
+
+
+class _Work:
+    """What upsampling did: pixels per upsampler and executed FLOPs."""
+
+    def __init__(self, upsamplers: int) -> None:
+        self.pixel_counts = [0] * upsamplers
+        self.flops = 0
+
+    def add(self, upsampler: int, pixels: int, flops: int) -> None:
+        self.pixel_counts[upsampler] += pixels
+        self.flops += flops
+
+
+def _pixel_major(feat_BChw: Tensor) -> Tensor:
+    """(B, h, w, C), contiguous; a view where the features are channels-last in memory."""
+    return feat_BChw.permute(0, 2, 3, 1).contiguous()
 
 
 def _runs(ends: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -1,22 +1,57 @@
-"""The reference inference path: straightforward, pixel by pixel, the oracle for faster ones.
+"""Inference with a PCSR model: whole images or overlapping patches, on any engine.
 
-Axes: B batch, C channels, h w LR, H W output, M upsamplers, Q pixels, N patches.
+An :class:`Engine` computes; what is here decides in which order and on what. `models.reference`
+is the straightforward engine, `models.fast` the one that users run.
+
+Axes: B batch, C channels, h w LR, H W output, M upsamplers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from models.grid import PixelGrid
-from models.pcsr import PCSR
 from models.refinement import refine
-from models.routing import Routing, relative_to_lightest
+from models.routing import Routing
 from utils.errors import UserError
 
-PIXEL_BATCH_SIZE = 300_000
 PATCH_BATCH_SIZE = 96
+
+
+@dataclass(frozen=True)
+class Upsampled:
+    """What an engine's upsamplers give.
+
+    Attributes:
+        sr: (B, 3, H, W) RGB, the bilinear LR included, not clamped.
+        pixel_counts: pixels that each upsampler computed, light to heavy.
+        flops: executed for it (2 per multiply-add).
+    """
+
+    sr: Tensor
+    pixel_counts: list[int]
+    flops: int
+
+
+class Engine(Protocol):
+    """The three parts of a PCSR model; implementations agree up to rounding."""
+
+    def encode(self, lr: Tensor) -> Tensor:
+        """Features (B, C, h, w) of `lr` (B, 3, h, w), float RGB in [0, 1]."""
+        ...
+
+    def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
+        """Margins (B, M - 1, H, W) float32, see `models.routing`, and the executed FLOPs."""
+        ...
+
+    def upsample(
+        self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
+    ) -> Upsampled:
+        """Each pixel through the upsampler of its class."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,49 +65,48 @@ class SRResult:
         pixel_counts: pixels that each upsampler computed, light to heavy. In patch mode pixels of
             overlaps count once per patch.
         encoded_size: (images or patches, h, w) of what the encoder ran on.
+        mlp_flops: executed by classifier and upsamplers.
     """
 
     sr: Tensor
     classes: Tensor
     pixel_counts: list[int]
     encoded_size: tuple[int, int, int]
+    mlp_flops: int
 
 
 @torch.inference_mode()
 def super_resolve(
-    model: PCSR,
+    engine: Engine,
     lr: Tensor,
     size: tuple[int, int],
     routing: Routing,
     log_costs: Sequence[float],
     *,
     refinement: bool = True,
-    pixel_batch_size: int = PIXEL_BATCH_SIZE,
 ) -> SRResult:
     """Super-resolve whole images, each routed on its own.
 
     Args:
-        model: in eval mode.
         lr: (B, 3, h, w) float RGB in [0, 1], any h, w >= 1.
         size: output (H, W).
         routing: which upsampler each pixel gets.
         log_costs: (M,) logarithms of the relative costs, see `utils.flops`.
         refinement: smooth the borders between regions of different upsamplers.
-        pixel_batch_size: pixels that go through an MLP at once.
     """
-    feat = model.encode(lr)
-    grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
-    margins = _classify(model, feat, grid, pixel_batch_size)
+    lr_size = (lr.shape[-2], lr.shape[-1])
+    feat = engine.encode(lr)
+    grid = PixelGrid.build(lr_size, size, lr.device)
+    margins, flops = engine.classify(feat, grid)
     classes = torch.cat([routing.classes(image, log_costs) for image in margins.split(1)])
-    sr, counts = _upsample(model, lr, feat, grid, classes, pixel_batch_size)
-    if refinement:
-        sr = refine(sr, classes)
-    return SRResult(sr, classes, counts, (len(lr), lr.shape[-2], lr.shape[-1]))
+    out = engine.upsample(lr, feat, grid, classes)
+    sr = refine(out.sr, classes) if refinement else out.sr
+    return SRResult(sr, classes, out.pixel_counts, (len(lr), *lr_size), flops + out.flops)
 
 
 @torch.inference_mode()
 def super_resolve_patches(
-    model: PCSR,
+    engine: Engine,
     lr: Tensor,
     scale: float,
     routing: Routing,
@@ -81,7 +115,6 @@ def super_resolve_patches(
     patch_size: int = 32,
     step: int = 28,
     refinement: bool = True,
-    pixel_batch_size: int = PIXEL_BATCH_SIZE,
     patch_batch_size: int = PATCH_BATCH_SIZE,
 ) -> SRResult:
     """Super-resolve one image in overlapping patches, whose overlaps are averaged.
@@ -90,7 +123,6 @@ def super_resolve_patches(
     patch is run whole.
 
     Args:
-        model: in eval mode.
         lr: (1, 3, h, w) float RGB in [0, 1]; each side is under `patch_size` or a whole number of
             steps longer than it.
         scale: any at which patch size and step are whole numbers of output pixels.
@@ -102,36 +134,55 @@ def super_resolve_patches(
     """
     h, w = lr.shape[-2:]
     corners, (ph, pw) = patch_corners((h, w), patch_size, step)
-    out = [_scaled(n, scale) for n in (h, w, ph, pw)]
+    canvas = PatchCanvas((_scaled(h, scale), _scaled(w, scale)), lr)
+    patch_out = (_scaled(ph, scale), _scaled(pw, scale))
     patches = torch.cat([lr[..., y : y + ph, x : x + pw] for y, x in corners])
-    grid = PixelGrid.build((ph, pw), (out[2], out[3]), lr.device)
-    features = torch.cat([model.encode(part) for part in patches.split(patch_batch_size)])
-    margins = torch.cat(
-        [
-            _classify(model, part, grid, pixel_batch_size)
-            for part in features.split(patch_batch_size)
-        ]
-    )
-    classes = routing.classes(margins, log_costs)
-    total = lr.new_zeros(3, out[0], out[1])
-    weight = lr.new_zeros(out[0], out[1])
-    heaviest = classes.new_zeros(1, out[0], out[1])
-    counts = [0] * len(model.upsamplers)
-    for index in torch.arange(len(corners)).split(patch_batch_size):
-        part = slice(int(index[0]), int(index[-1]) + 1)
-        sr, part_counts = _upsample(
-            model, patches[part], features[part], grid, classes[part], pixel_batch_size
-        )
-        counts = [a + b for a, b in zip(counts, part_counts, strict=True)]
-        if refinement:
-            sr = refine(sr, classes[part])
-        for (y, x), patch, patch_classes in zip(corners[part], sr, classes[part], strict=True):
-            top, left = _scaled(y, scale), _scaled(x, scale)
-            area = (slice(top, top + out[2]), slice(left, left + out[3]))
-            total[:, *area] += patch
-            weight[area] += 1
-            heaviest[0, *area] = torch.maximum(heaviest[0, *area], patch_classes)
-    return SRResult((total / weight)[None], heaviest, counts, (len(corners), ph, pw))
+    grid = PixelGrid.build((ph, pw), patch_out, lr.device)
+    features = [engine.encode(part) for part in patches.split(patch_batch_size)]
+    classified = [engine.classify(feat, grid) for feat in features]
+    flops = sum(part_flops for _, part_flops in classified)
+    classes = routing.classes(torch.cat([margins for margins, _ in classified]), log_costs)
+    counts: list[int] = []
+    first = 0
+    for feat in features:
+        part = slice(first, first + len(feat))
+        out = engine.upsample(patches[part], feat, grid, classes[part])
+        counts = [a + b for a, b in zip(counts or [0] * 256, out.pixel_counts, strict=False)]
+        flops += out.flops
+        sr = refine(out.sr, classes[part]) if refinement else out.sr
+        for corner, image, class_map in zip(corners[part], sr, classes[part], strict=True):
+            canvas.add((_scaled(corner[0], scale), _scaled(corner[1], scale)), image, class_map)
+        first = part.stop
+    return SRResult(canvas.mean(), canvas.classes[None], counts, (len(corners), ph, pw), flops)
+
+
+class PatchCanvas:
+    """Averages overlapping patches.
+
+    Args:
+        size: (H, W) of the whole.
+        like: a tensor of the output's dtype and device.
+    """
+
+    def __init__(self, size: tuple[int, int], like: Tensor) -> None:
+        self._sum = like.new_zeros(3, *size)
+        self._weight = like.new_zeros(size)
+        self.classes = torch.zeros(size, dtype=torch.uint8, device=like.device)
+
+    def add(
+        self, corner: tuple[int, int], patch_3HW: Tensor, classes_HW: Tensor | None = None
+    ) -> None:
+        """Add a patch whose top left is `corner` (row, column); the larger class is kept."""
+        height, width = patch_3HW.shape[-2:]
+        area = (slice(corner[0], corner[0] + height), slice(corner[1], corner[1] + width))
+        self._sum[:, *area].add_(patch_3HW)
+        self._weight[area].add_(1)
+        if classes_HW is not None:
+            self.classes[area] = torch.maximum(self.classes[area], classes_HW)
+
+    def mean(self) -> Tensor:
+        """(1, 3, H, W)."""
+        return (self._sum / self._weight)[None]
 
 
 def patch_corners(
@@ -165,41 +216,3 @@ def _scaled(length: int, scale: float) -> int:
             f"pixels; use --per_image"
         )
     return round(scaled)
-
-
-def _classify(model: PCSR, feat: Tensor, grid: PixelGrid, pixel_batch_size: int) -> Tensor:
-    """Margins (B, M - 1, H, W) of the classifier, see `models.routing`."""
-    H, W = grid.out_size
-    if model.classifier is None:
-        return feat.new_zeros(len(feat), 0, H, W)
-    pixels = torch.arange(H * W, device=feat.device)
-    parts = [
-        model.classifier(feat, grid, part)
-        for part in pixels.split(max(1, pixel_batch_size // len(feat)))
-    ]
-    logits_BMHW = torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, (H, W))
-    return relative_to_lightest(logits_BMHW)
-
-
-def _upsample(
-    model: PCSR,
-    lr: Tensor,
-    feat: Tensor,
-    grid: PixelGrid,
-    classes: Tensor,
-    pixel_batch_size: int,
-) -> tuple[Tensor, list[int]]:
-    """Each pixel through its upsampler: (B, 3, H, W), and the pixels that each one computed."""
-    H, W = grid.out_size
-    residual = feat.new_zeros(len(feat), H * W, 3)
-    counts = []
-    for index, upsampler in enumerate(model.upsamplers):
-        count = 0
-        for image, class_map in enumerate(classes.flatten(1)):
-            chosen = (class_map == index).nonzero()[:, 0]
-            count += len(chosen)
-            for part in chosen.split(pixel_batch_size):
-                residual[image, part] = upsampler(feat[image : image + 1], grid, part)[0]
-        counts.append(count)
-    residual = residual.transpose(1, 2).unflatten(2, (H, W))
-    return residual * model.norm.std + model.skip(lr, grid.out_size), counts

@@ -86,15 +86,10 @@ class PackedSampler:
         """O, the number of outputs."""
         return self.layers[-1].shape[1] if self.layers else self.feature_CD.shape[1]
 
-    @property
-    def flops_per_lr_pixel(self) -> int:
-        """Executed FLOPs of the first layer, once per LR pixel."""
-        return 2 * self.feature_CD.numel()
-
-    @property
-    def flops_per_pixel(self) -> int:
-        """Executed FLOPs of the other layers, once per output pixel."""
-        return sum(2 * weight.numel() for weight in self.layers)
+    def flops(self, lr_pixels: int, pixels: int) -> int:
+        """Executed FLOPs: the first layer on LR pixels, the others on output pixels."""
+        per_pixel = sum(weight.numel() for weight in self.layers)
+        return 2 * (lr_pixels * self.feature_CD.numel() + pixels * per_pixel)
 
     def axes(self, grid: PixelGrid) -> tuple[Tensor, Tensor]:
         """What rows (H, D) and columns (W, D) add to the first layer; rows hold its constant."""

@@ -1,0 +1,61 @@
+"""The reference engine: straightforward, pixel by pixel, the oracle for faster ones.
+
+Axes: B batch, C channels, h w LR, H W output, M upsamplers, Q pixels.
+"""
+
+import torch
+from torch import Tensor
+
+from models.grid import PixelGrid
+from models.inference import Upsampled
+from models.pcsr import PCSR
+from models.routing import relative_to_lightest
+from utils.flops import mlp_flops
+
+PIXEL_BATCH_SIZE = 300_000
+
+
+class ReferenceEngine:
+    """Runs a PCSR model as its definition reads.
+
+    Args:
+        model: in eval mode, on its device.
+        pixel_batch_size: pixels that go through an MLP at once.
+    """
+
+    def __init__(self, model: PCSR, *, pixel_batch_size: int = PIXEL_BATCH_SIZE) -> None:
+        self.model = model
+        self.pixel_batch_size = pixel_batch_size
+
+    def encode(self, lr: Tensor) -> Tensor:
+        return self.model.encode(lr)
+
+    def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
+        (H, W), batch = grid.out_size, len(feat_BChw)
+        classifier = self.model.classifier
+        if classifier is None:
+            return feat_BChw.new_zeros(batch, 0, H, W), 0
+        pixels = torch.arange(H * W, device=feat_BChw.device)
+        parts = pixels.split(max(1, self.pixel_batch_size // batch))
+        logits_BQM = torch.cat([classifier(feat_BChw, grid, part) for part in parts], dim=1)
+        logits_BMHW = logits_BQM.transpose(1, 2).unflatten(2, (H, W))
+        return relative_to_lightest(logits_BMHW), batch * H * W * mlp_flops(classifier)
+
+    def upsample(
+        self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
+    ) -> Upsampled:
+        residual_BQ3 = feat_BChw.new_zeros(*classes_BHW.flatten(1).shape, 3)
+        counts, flops = [], 0
+        for index, upsampler in enumerate(self.model.upsamplers):
+            count = 0
+            for image, classes_Q in enumerate(classes_BHW.flatten(1)):
+                chosen = (classes_Q == index).nonzero()[:, 0]
+                count += len(chosen)
+                feat = feat_BChw[image : image + 1]
+                for part in chosen.split(self.pixel_batch_size):
+                    residual_BQ3[image, part] = upsampler(feat, grid, part)[0]
+            counts.append(count)
+            flops += count * mlp_flops(upsampler)
+        residual_B3HW = residual_BQ3.transpose(1, 2).unflatten(2, grid.out_size)
+        sr = residual_B3HW * self.model.norm.std + self.model.skip(lr, grid.out_size)
+        return Upsampled(sr, counts, flops)
