@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,3 +26,16 @@ def shared() -> Path:
     if not (folder / "published").is_dir():
         pytest.skip(f"golden material is absent: no published/ in {folder} (set PCSR_SHARED)")
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """With PCSR_REQUIRE_GOLDEN=1, a golden test that is skipped for any reason has failed."""
+    report = yield
+    required = os.environ.get("PCSR_REQUIRE_GOLDEN") == "1"
+    golden = "shared" in getattr(item, "fixturenames", ()) or item.get_closest_marker("golden")
+    if required and golden and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"PCSR_REQUIRE_GOLDEN is set, but this test was skipped: {reason}"
+    return report
