@@ -1,7 +1,7 @@
 """The official weights give the official figures and pictures, to the published tolerances.
 
 By default all of Set5, every 5th image of Set14 and every 10th of BSD100 are run; with
-PCSR_GOLDEN=all all of them, which takes about three minutes on one core.
+PCSR_GOLDEN=all all of them, which takes a few minutes on one core.
 """
 
 import json
@@ -75,19 +75,6 @@ def sample_of(shared: Path, name: str, index: int) -> EvaluationSample:
     return EvaluationSet(ImagePaths(paths.hr[index : index + 1]), CONVENTIONS)[0]
 
 
-def remember_features(model: PCSR, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let one image's routings share its feature map, which takes half of the time."""
-    encode, kept = model.encode, {}
-
-    def encode_once(lr: Tensor) -> Tensor:
-        key = tuple(lr.shape)
-        if key not in kept:
-            kept[key] = encode(lr)
-        return kept[key]
-
-    monkeypatch.setattr(model, "encode", encode_once)
-
-
 def assert_published(restored: Restored, sample: EvaluationSample, published: list[float]) -> None:
     """`published`: PSNR in dB, share of heavy pixels where there is one, GFLOPs (paper)."""
     quality = psnr(restored.sr, sample.hr, psnr_type="rgb", border_px=4)
@@ -103,12 +90,11 @@ def chosen_images() -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(("name", "index"), chosen_images())
-def test_benchmark_image(name, index, shared, original, pcsr, expected, monkeypatch) -> None:
+def test_benchmark_image(name, index, shared, original, pcsr, expected) -> None:
     sample = sample_of(shared, name, index)
     published = expected[name]["images"][sample.name]
     assert list(sample.lr.shape[1:]) == published["lr_size_hw"]
     assert_published(original(sample.lr), sample, published["original"])
-    remember_features(pcsr, monkeypatch)
     for key, routing in ROUTINGS.items():
         restored = PcsrRestorer(pcsr, routing)(sample.lr, sample.size)
         assert_published(restored, sample, published[key])
