@@ -96,44 +96,55 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
         pixel_batch_size=args.pixel_batch_size,
         engine=args.engine,
     )
-    enlarger = Enlarger(restorer, args.model_scale)
     lines = [
         f"PCSR on {pcsr.backbone}: {pcsr.path}; {routing.describe()}, "
         f"refinement {'on' if refinement else 'off'}"
     ]
+    if args.model_scale is not None and (args.size or args.scale != args.model_scale):
+        lines.append(f"computed at x{args.model_scale:g}, then resized by bicubic")
     facts: dict[str, Any] = {
         "pcsr": str(pcsr.path),
         "backbone": pcsr.backbone,
         "routing": routing.describe(),
         "refinement": refinement,
         "model_scale": args.model_scale,
+        "engine": args.engine,
     }
-    on_device = f"device: {device} ({device_name(device)})"
-    if args.upscale:
-        return Subject(enlarger, None, None, "\n".join([*lines, on_device]), facts)
-    original, about = load_demo_original(
+    original, conventions = None, None
+    if not args.upscale:
+        original, about = _load_original(args, pcsr.backbone, device)
+        lines.append(f"original: {about}" if original else f"PCSR runs alone: {about}")
+        facts["original"] = about if original else None
+        conventions = _conventions(args.scale, routing.describe(), refinement)
+        lines.append(f"conventions: {conventions.describe()}; HR is the photograph's centre")
+    lines.append(f"device: {device} ({device_name(device)})")
+    return Subject(
+        Enlarger(restorer, args.model_scale), original, conventions, "\n".join(lines), facts
+    )
+
+
+def _load_original(
+    args: argparse.Namespace, backbone: str, device: torch.device
+) -> tuple[OriginalRestorer | None, str]:
+    return load_demo_original(
         args.original_weights,
         args.original_config,
-        backbone=pcsr.backbone,
+        backbone=backbone,
         scale=args.scale,
         device=device,
     )
-    conventions = Conventions(
-        scale=args.scale,
+
+
+def _conventions(scale: float, routing: str, refinement: bool) -> Conventions:
+    return Conventions(
+        scale=scale,
         psnr_type="rgb",
         lr="bicubic float",
         crop=False,
         per_image=True,
-        routing=routing.describe(),
+        routing=routing,
         refinement=refinement,
     )
-    facts["original"] = about if original else None
-    lines += [
-        f"original: {about}" if original else f"PCSR runs alone: {about}",
-        on_device,
-        f"conventions: {conventions.describe()}; HR is the photograph's centre",
-    ]
-    return Subject(enlarger, original, conventions, "\n".join(lines), facts)
 
 
 def _warm_up(subject: Subject, device: torch.device) -> None:

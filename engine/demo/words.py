@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from engine.demo.enlarge import MODEL_SCALE
+from engine.demo.models import DEFAULT_CONFIG
 from engine.inference_words import add_json_word, add_routing_words, add_weights_word
 from utils.cli import (
     Parser,
@@ -23,8 +24,9 @@ def make_parser() -> Parser:
     """Parser of demo.py."""
     parser = Parser(
         description="Super-resolve a picture or a folder of pictures. The picture is taken as HR: "
-        "LR is made of it, and PCSR and the original network restore it, side by side. With "
-        "--upscale the picture itself is enlarged.",
+        "LR is made of it, and PCSR\nand the original network restore it, side by side. With "
+        "--upscale the picture itself is enlarged.\nWithout --config and --weights the models are "
+        f"those of {DEFAULT_CONFIG}.",
         example="python demo.py --img_path examples/chelsea.png --k 0 --out_dir results/demo\n"
         "  python demo.py --img_path photo.jpg --upscale --scale 2.5 --out_dir results/photo",
     )
