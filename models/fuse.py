@@ -1,13 +1,16 @@
 """Networks prepared for inference: batch norm folded, convolutions channels-last."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def fused_copy(network: nn.Module) -> nn.Module:
+
+def fused_copy(network: Network) -> Network:
     """A copy of `network` for inference, equal up to rounding; `network` is left as it is."""
     fused = copy.deepcopy(network).eval().requires_grad_(False)
     fold_batch_norm(fused)

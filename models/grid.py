@@ -18,14 +18,18 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class GridAxis:
-    """One axis of the grid.
+    """One axis of the grid, or a part of it.
 
     Attributes:
-        lr_len: LR pixels.
+        lr_len: LR pixels that `nearest` points into.
         out_len: output pixels.
         nearest: (out_len,) int64, index of the nearest LR pixel.
         rel: (out_len,) float32, twice the offset from it in LR pixels, in [-1, 1].
         cell: twice the size of an output pixel in LR pixels.
+        integer_scale: output pixels per LR pixel where that is an integer, else None.
+        lower, upper: (out_len,) int64, the LR pixels of the *whole* axis on both sides, the same
+            beyond the border.
+        weight: (out_len,) float32 in [0, 1), the weight of `upper` in linear interpolation.
     """
 
     lr_len: int
@@ -33,6 +37,10 @@ class GridAxis:
     nearest: Tensor
     rel: Tensor
     cell: float
+    integer_scale: int | None
+    lower: Tensor
+    upper: Tensor
+    weight: Tensor
 
     @classmethod
     def build(cls, lr_len: int, out_len: int, device: torch.device | str = "cpu") -> "GridAxis":
@@ -43,21 +51,49 @@ class GridAxis:
         """
         if lr_len < 1 or out_len < 1:
             raise UserError(f"image sides must be at least 1 pixel, got {lr_len} -> {out_len}")
-        # u = numerator / (2 out_len)
+        # u = numerator / denominator
         numerator = (2 * torch.arange(out_len, dtype=torch.int64) + 1) * lr_len - out_len
+        denominator = 2 * out_len
         shifted = numerator + out_len
-        nearest = torch.div(shifted, 2 * out_len, rounding_mode="floor")
-        tie = shifted % (2 * out_len) == 0
+        nearest = torch.div(shifted, denominator, rounding_mode="floor")
+        tie = shifted % denominator == 0
         nearest = (nearest - (tie & (nearest % 2 == 1)).long()).clamp(0, lr_len - 1)
-        rel = (numerator - 2 * out_len * nearest).double() / out_len
+        rel = (numerator - denominator * nearest).double() / out_len
+        inside = numerator.clamp(0, (lr_len - 1) * denominator)
+        lower = torch.div(inside, denominator, rounding_mode="floor")
+        weight = (inside - denominator * lower).double() / denominator
         return cls(
-            lr_len, out_len, nearest.to(device), rel.float().to(device), 2 * lr_len / out_len
+            lr_len=lr_len,
+            out_len=out_len,
+            nearest=nearest.to(device),
+            rel=rel.float().to(device),
+            cell=2 * lr_len / out_len,
+            integer_scale=out_len // lr_len if out_len % lr_len == 0 else None,
+            lower=lower.to(device),
+            upper=(lower + 1).clamp_max(lr_len - 1).to(device),
+            weight=weight.float().to(device),
         )
 
-    @property
-    def integer_scale(self) -> int | None:
-        """out_len / lr_len where that is an integer, else None."""
-        return self.out_len // self.lr_len if self.out_len % self.lr_len == 0 else None
+    def part(self, lr_first: int, lr_last: int) -> tuple["GridAxis", slice]:
+        """The output pixels whose nearest LR pixel is in [lr_first, lr_last), and where they are.
+
+        `nearest` of the part counts from `lr_first`.
+        """
+        bounds = self.nearest.new_tensor([lr_first, lr_last])
+        first, last = torch.searchsorted(self.nearest, bounds).tolist()
+        run = slice(first, last)
+        part = GridAxis(
+            lr_len=lr_last - lr_first,
+            out_len=last - first,
+            nearest=self.nearest[run] - lr_first,
+            rel=self.rel[run],
+            cell=self.cell,
+            integer_scale=self.integer_scale,
+            lower=self.lower[run],
+            upper=self.upper[run],
+            weight=self.weight[run],
+        )
+        return part, run
 
 
 @dataclass(frozen=True)
@@ -90,6 +126,29 @@ class PixelGrid:
         """The scale where it is the same integer on both axes, else None."""
         scale = self.rows.integer_scale
         return scale if scale == self.cols.integer_scale else None
+
+    def part(self, lr_first: int, lr_last: int) -> tuple["PixelGrid", slice]:
+        """The grid of LR rows [lr_first, lr_last), and its output rows; see `GridAxis.part`."""
+        rows, run = self.rows.part(lr_first, lr_last)
+        return PixelGrid(rows, self.cols), run
+
+    def bilinear(self, lr_BChw: Tensor) -> Tensor:
+        """Bilinear interpolation of the *whole* LR image at this grid's pixels: (B, C, H, W).
+
+        Beyond the border the outermost pixels go on (``F.interpolate`` with
+        ``align_corners=False``, but with weights that are exact at any size).
+        """
+        rows, cols = self.rows, self.cols
+        if rows.out_len == 0:
+            return lr_BChw.new_empty(*lr_BChw.shape[:2], 0, cols.out_len)
+        # Columns first: there are fewer LR rows, and whole rows are then copied as they are.
+        first, last = int(rows.lower[0]), int(rows.upper[-1]) + 1
+        source = lr_BChw[:, :, first:last]
+        right = source.index_select(3, cols.upper)
+        wide = source.index_select(3, cols.lower).lerp_(right, cols.weight.to(right.dtype))
+        under = wide.index_select(2, rows.upper - first)
+        weight = rows.weight[:, None].to(under.dtype)
+        return wide.index_select(2, rows.lower - first).lerp_(under, weight)
 
     def sampler_inputs(self, feat_BChw: Tensor, pixels_Q: Tensor | None = None) -> Tensor:
         """The input of a pixel-level MLP: [feature, rel_y, rel_x, cell_y, cell_x] per pixel.

@@ -6,7 +6,7 @@ is the straightforward engine, `models.fast` the one that users run.
 Axes: B batch, C channels, h w LR, H W output, M upsamplers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from models.grid import PixelGrid
-from models.refinement import refine
+from models.refinement import RefineRows, refine
 from models.routing import Routing
 from utils.errors import UserError
 
 PATCH_BATCH_SIZE = 96
+# An LR image of 1920x1080 with 52 float32 features takes 431 MB.
+KEPT_FEATURES_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Engine(Protocol):
 
     def encode(self, lr: Tensor) -> Tensor:
         """Features (B, C, h, w) of `lr` (B, 3, h, w), float RGB in [0, 1]."""
+        ...
+
+    def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
+        """The same features in runs of rows (B, C, r, w), from top to bottom."""
         ...
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
@@ -87,6 +93,9 @@ def super_resolve(
 ) -> SRResult:
     """Super-resolve whole images, each routed on its own.
 
+    Beside the output, memory holds runs of rows only; and where `routing.is_global`, the image's
+    margins, and its features as far as KEPT_FEATURES_BYTES go (beyond, they are computed twice).
+
     Args:
         lr: (B, 3, h, w) float RGB in [0, 1], any h, w >= 1.
         size: output (H, W).
@@ -94,14 +103,84 @@ def super_resolve(
         log_costs: (M,) logarithms of the relative costs, see `utils.flops`.
         refinement: smooth the borders between regions of different upsamplers.
     """
+    results = [
+        _one_image(engine, image, size, routing, log_costs, refinement) for image in lr.split(1)
+    ]
+    if len(results) == 1:
+        return results[0]
+    return SRResult(
+        sr=torch.cat([result.sr for result in results]),
+        classes=torch.cat([result.classes for result in results]),
+        pixel_counts=_summed([result.pixel_counts for result in results]),
+        encoded_size=(len(lr), lr.shape[-2], lr.shape[-1]),
+        mlp_flops=sum(result.mlp_flops for result in results),
+    )
+
+
+def _one_image(
+    engine: Engine,
+    lr: Tensor,
+    size: tuple[int, int],
+    routing: Routing,
+    log_costs: Sequence[float],
+    refinement: bool,
+) -> SRResult:
     lr_size = (lr.shape[-2], lr.shape[-1])
-    feat = engine.encode(lr)
     grid = PixelGrid.build(lr_size, size, lr.device)
-    margins, flops = engine.classify(feat, grid)
-    classes = torch.cat([routing.classes(image, log_costs) for image in margins.split(1)])
-    out = engine.upsample(lr, feat, grid, classes)
-    sr = refine(out.sr, classes) if refinement else out.sr
-    return SRResult(sr, classes, out.pixel_counts, (len(lr), *lr_size), flops + out.flops)
+    sr = lr.new_empty(1, 3, *size)
+    classes = torch.empty(1, *size, dtype=torch.uint8, device=lr.device)
+    runs: Iterable[Tensor] = engine.encode_rows(lr)
+    flops = 0
+    if routing.is_global:
+        runs, flops = _route_globally(engine, lr, grid, routing, log_costs, classes)
+    refiner = RefineRows() if refinement else None
+    counts = []
+    first = done = 0
+    for feat in runs:
+        part, rows = grid.part(first, first + feat.shape[2])
+        first += feat.shape[2]
+        if not routing.is_global:
+            margins, classifier_flops = engine.classify(feat, part)
+            classes[:, rows] = routing.classes(margins, log_costs)
+            flops += classifier_flops
+        out = engine.upsample(lr, feat, part, classes[:, rows])
+        counts.append(out.pixel_counts)
+        flops += out.flops
+        ready = out.sr
+        if refiner is not None:
+            ready = refiner.push(out.sr, classes[:, rows], last=first == lr_size[0])
+        sr[:, :, done : done + ready.shape[2]] = ready
+        done += ready.shape[2]
+    return SRResult(sr, classes, _summed(counts), (1, *lr_size), flops)
+
+
+def _route_globally(
+    engine: Engine,
+    lr: Tensor,
+    grid: PixelGrid,
+    routing: Routing,
+    log_costs: Sequence[float],
+    classes: Tensor,
+) -> tuple[Iterable[Tensor], int]:
+    """Fill `classes` (1, H, W); the features again, kept or to be computed, and the FLOPs."""
+    kept: list[Tensor] | None = []
+    kept_bytes = flops = first = 0
+    parts = []
+    for feat in engine.encode_rows(lr):
+        part, _ = grid.part(first, first + feat.shape[2])
+        first += feat.shape[2]
+        margins, classifier_flops = engine.classify(feat, part)
+        parts.append(margins)
+        flops += classifier_flops
+        kept_bytes += feat.nbytes
+        if kept is not None:
+            kept = [*kept, feat] if kept_bytes <= KEPT_FEATURES_BYTES else None
+    classes.copy_(routing.classes(torch.cat(parts, dim=2), log_costs))
+    return (engine.encode_rows(lr) if kept is None else kept), flops
+
+
+def _summed(counts: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(of_upsampler) for of_upsampler in zip(*counts, strict=True)]
 
 
 @torch.inference_mode()
@@ -142,18 +221,19 @@ def super_resolve_patches(
     classified = [engine.classify(feat, grid) for feat in features]
     flops = sum(part_flops for _, part_flops in classified)
     classes = routing.classes(torch.cat([margins for margins, _ in classified]), log_costs)
-    counts: list[int] = []
+    counts = []
     first = 0
     for feat in features:
         part = slice(first, first + len(feat))
         out = engine.upsample(patches[part], feat, grid, classes[part])
-        counts = [a + b for a, b in zip(counts or [0] * 256, out.pixel_counts, strict=False)]
+        counts.append(out.pixel_counts)
         flops += out.flops
         sr = refine(out.sr, classes[part]) if refinement else out.sr
         for corner, image, class_map in zip(corners[part], sr, classes[part], strict=True):
             canvas.add((_scaled(corner[0], scale), _scaled(corner[1], scale)), image, class_map)
         first = part.stop
-    return SRResult(canvas.mean(), canvas.classes[None], counts, (len(corners), ph, pw), flops)
+    encoded_size = (len(corners), ph, pw)
+    return SRResult(canvas.mean(), canvas.classes[None], _summed(counts), encoded_size, flops)
 
 
 class PatchCanvas:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.backbones.base import SRNetwork
 from models.grid import PixelGrid
@@ -76,15 +75,11 @@ class PCSR(nn.Module):
         """Features (B, C, h, w) of `lr`."""
         return self.encoder(self.norm.normalise(lr))
 
-    def skip(self, lr: Tensor, size: tuple[int, int]) -> Tensor:
-        """Bilinear enlargement of `lr` to `size`, to which upsamplers add their residual."""
-        return F.interpolate(lr, size=size, mode="bilinear", align_corners=False)
-
     def forward(self, lr: Tensor, size: tuple[int, int]) -> Tensor:
         """Every pixel through the heaviest upsampler: (B, 3, H, W)."""
         grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
         residual = self.upsamplers[-1].dense(self.encode(lr), grid)
-        return residual * self.norm.std + self.skip(lr, size)
+        return residual * self.norm.std + grid.bilinear(lr)
 
     def mixture(self, lr: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The differentiable view that phase 1 trains: every upsampler everywhere.
@@ -104,7 +99,7 @@ class PCSR(nn.Module):
         residuals = [light.dense(feat, grid) for light in lights] + [heavy_residual]
         weighted = [p * r for p, r in zip(probs_BMHW.split(1, dim=1), residuals, strict=True)]
         mixed = torch.stack(weighted).sum(dim=0)
-        return mixed * self.norm.std + self.skip(lr, size), probs_BMHW
+        return mixed * self.norm.std + grid.bilinear(lr), probs_BMHW
 
 
 def _light_names(count: int) -> list[str]:

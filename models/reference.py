@@ -3,6 +3,8 @@
 Axes: B batch, C channels, h w LR, H W output, M upsamplers, Q pixels.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,9 @@ class ReferenceEngine:
 
     def encode(self, lr: Tensor) -> Tensor:
         return self.model.encode(lr)
+
+    def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
+        yield self.encode(lr)
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
         (H, W), batch = grid.out_size, len(feat_BChw)
@@ -57,5 +62,5 @@ class ReferenceEngine:
             counts.append(count)
             flops += count * mlp_flops(upsampler)
         residual_B3HW = residual_BQ3.transpose(1, 2).unflatten(2, grid.out_size)
-        sr = residual_B3HW * self.model.norm.std + self.model.skip(lr, grid.out_size)
+        sr = residual_B3HW * self.model.norm.std + grid.bilinear(lr)
         return Upsampled(sr, counts, flops)

@@ -48,3 +48,31 @@ def _heaviest_of_3x3(classes_BHW: Tensor) -> Tensor:
     both[:, 1:] = torch.maximum(both[:, 1:], rows[:, :-1])
     both[:, :-1] = torch.maximum(both[:, :-1], rows[:, 1:])
     return both
+
+
+class RefineRows:
+    """:func:`refine` on an image that comes in runs of rows, from top to bottom."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._at_top = True
+
+    def push(self, prediction_B3rW: Tensor, classes_BrW: Tensor, last: bool) -> Tensor:
+        """Take the next rows; `last` says that no more follow.
+
+        Returns:
+            (B, 3, r', W): the refined rows that are determined now and were not before.
+        """
+        prediction, classes = prediction_B3rW, classes_BrW
+        if self._kept is not None:
+            prediction = torch.cat([self._kept[0], prediction], dim=2)
+            classes = torch.cat([self._kept[1], classes], dim=1)
+        start = 0 if self._at_top else 1
+        stop = prediction.shape[2] - (0 if last else 1)
+        if stop <= start:
+            self._kept = prediction, classes
+            return prediction[:, :, :0]
+        self._at_top = False
+        # The last row that is given now and the one that waits for the row below it.
+        self._kept = prediction[:, :, stop - 1 :], classes[:, stop - 1 :]
+        return refine(prediction, classes)[:, :, start:stop]

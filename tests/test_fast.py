@@ -57,7 +57,7 @@ def check_equal(model: PCSR, lr: torch.Tensor, size: tuple[int, int], routing: R
     """Both engines: same classes, counts and picture."""
     log_costs = PcsrCost.of(model).log_costs((lr.shape[-2], lr.shape[-1]), size)
     # Small blocks, so that these small images have many.
-    fast_engine = FastEngine(model, block_px=40, chunk_px=60)
+    fast_engine = FastEngine(model, block_px=40, chunk_px=60, run_px=30)
     results = [
         super_resolve(engine, lr, size, routing, log_costs)
         for engine in (ReferenceEngine(model), fast_engine)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.fuse import fused_copy
 from models.normalise import DataNorm
+from models.streams import Encoder, RowStream
 from utils.errors import UserError
 
 SCALES = (2, 3, 4)
@@ -59,12 +60,20 @@ class SRNetwork(nn.Module):
         """Features and normalised LR to the normalised output (B, 3, scale h, scale w)."""
         raise NotImplementedError
 
-    def fused(self) -> nn.Module:
+    def fused(self) -> Encoder:
         """A copy for inference, equal up to rounding and faster; this network is left as it is.
 
         A backbone whose memory traffic can be cut further returns a module of its own.
         """
         return fused_copy(self)
+
+    def stream(self) -> RowStream | None:
+        """A new stream from normalised rows (r, w, 3) to feature rows, for one image.
+
+        Of a network without batch norm, or of :meth:`fused`'s. None where there is none: where
+        features depend on the whole image at once.
+        """
+        return None
 
     def forward(self, lr: Tensor) -> Tensor:
         if self.no_upsampling:

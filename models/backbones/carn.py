@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork, conv3x3, shuffle_steps
 from models.backbones.carn_fused import FusedCarn
+from models.fuse import fused_copy
 from models.normalise import DIV2K_MEAN
 from models.registry import MODELS
+from models.streams import Encoder
 from utils.errors import UserError
 
 
@@ -133,8 +135,8 @@ class CARN(SRNetwork):
     def features(self, x: Tensor) -> Tensor:
         return cascade(self.entry(x), [self.b1, self.b2, self.b3], [self.c1, self.c2, self.c3])
 
-    def fused(self) -> nn.Module:
-        folded = super().fused()
+    def fused(self) -> Encoder:
+        folded = fused_copy(self)
         return FusedCarn(folded) if self.no_upsampling else folded
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:

@@ -1,92 +1,106 @@
 """CARN's encoder for inference: the same function in the order of memory.
 
-Activations are pixel-major, (Q, C) with Q = B h w pixels, which channels-last convolutions read as
-they are. The 1x1 convolutions are matrix products; those on a concatenation are sums of products,
-so nothing is concatenated. Batch norm is folded beforehand.
+Activations are pixel-major rows (B, r, w, C), see `models.streams`. The 1x1 convolutions are matrix
+products; those on a concatenation are sums of products, so nothing is concatenated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from models.streams import ChainRows, ConvRows, RowQueue, RowStream, push_whole
 
 
 class FusedCarn(nn.Module):
     """The features of a CARN whose batch norm is folded.
 
     Args:
-        carn: a `models.backbones.carn.CARN`; its weights are copied.
+        carn: a `models.backbones.carn.CARN`; its weights are read.
     """
 
     def __init__(self, carn: nn.Module) -> None:
         super().__init__()
-        self.entry = _channels_last(carn.get_submodule("entry"))
-        self.blocks = [_Block(carn.get_submodule(name)) for name in ("b1", "b2", "b3")]
-        self.fusions = [_Fusion(carn.get_submodule(name)) for name in ("c1", "c2", "c3")]
+        self.entry: nn.Conv2d = carn.get_submodule("entry")  # type: ignore[assignment]
+        self._blocks = [_Block(carn.get_submodule(name)) for name in ("b1", "b2", "b3")]
+        self._fusions = [_Fusion(carn.get_submodule(name)) for name in ("c1", "c2", "c3")]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) normalised to features (B, C, h, w), channels-last in memory."""
-        entry = F.conv2d(x.contiguous(memory_format=torch.channels_last), *self.entry, padding=1)
-        batch, _, h, w = entry.shape
-        steps = [lambda y_QC, block=block: block(y_QC, (batch, h, w)) for block in self.blocks]
-        out_QC = _cascade(_pixels(entry), steps, self.fusions)
-        return out_QC.view(batch, h, w, -1).permute(0, 3, 1, 2)
+        return push_whole(self.stream(), x)
 
-
-class _Block:
-    """A cascade of three times the same residual block."""
-
-    def __init__(self, block: nn.Module) -> None:
-        body = block.get_submodule("b1.body")
-        first, second, self.pointwise = (body.get_submodule(i) for i in ("0", "2", "4"))
-        self.convs = [_channels_last(first), _channels_last(second)]
-        self.groups: int = first.groups  # type: ignore[assignment]
-        self.weight, self.bias = _transposed(self.pointwise)
-        self.fusions = [_Fusion(block.get_submodule(name)) for name in ("c1", "c2", "c3")]
-
-    def __call__(self, x_QC: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        return _cascade(x_QC, [lambda y_QC: self._residual(y_QC, shape)] * 3, self.fusions)
-
-    def _residual(self, x_QC: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        y = x_QC.view(*shape, -1).permute(0, 3, 1, 2)
-        for weight, bias in self.convs:
-            y = F.conv2d(y, weight, bias, padding=1, groups=self.groups).relu_()
-        return torch.addmm(x_QC, _pixels(y), self.weight).add_(self.bias).relu_()
+    def stream(self) -> RowStream:
+        """See `SRNetwork.stream`."""
+        cascade = _CascadeRows([block.stream() for block in self._blocks], self._fusions)
+        return ChainRows(ConvRows(self.entry), cascade)
 
 
 class _Fusion:
     """1x1 convolution on a concatenation, then ReLU: one product per part."""
 
     def __init__(self, fusion: nn.Module) -> None:
-        weight, self.bias = _transposed(fusion.get_submodule("0"))
-        self.weights = [part.contiguous() for part in weight.split(weight.shape[1])]
+        weight, self._bias = _transposed(fusion.get_submodule("0"))
+        self._weights = [part.contiguous() for part in weight.split(weight.shape[1])]
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        out_QC = torch.addmm(self.bias, parts[0], self.weights[0])
-        for part, weight in zip(parts[1:], self.weights[1:], strict=True):
-            out_QC.addmm_(part, weight)
-        return out_QC.relu_()
+        out = torch.addmm(self._bias, parts[0].flatten(0, 2), self._weights[0])
+        for part, weight in zip(parts[1:], self._weights[1:], strict=True):
+            out.addmm_(part.flatten(0, 2), weight)
+        return out.relu_().view_as(parts[0])
 
 
-def _cascade(
-    x_QC: Tensor, steps: Sequence[Callable[[Tensor], Tensor]], fusions: Sequence[_Fusion]
-) -> Tensor:
-    parts, out_QC = [x_QC], x_QC
-    for step, fuse in zip(steps, fusions, strict=True):
-        parts.append(step(out_QC))
-        out_QC = fuse(parts)
-    return out_QC
+class _Block:
+    """A cascade of three times the same residual block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._body = block.get_submodule("b1.body")
+        self._pointwise = _transposed(self._body.get_submodule("4"))
+        self._fusions = [_Fusion(block.get_submodule(name)) for name in ("c1", "c2", "c3")]
+
+    def stream(self) -> RowStream:
+        steps = [_ResidualRows(self._body, *self._pointwise) for _ in range(3)]
+        return _CascadeRows(steps, self._fusions)
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """(B, C, h, w), channels-last in memory, to (Q, C) without copying."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
+class _ResidualRows:
+    """ReLU(body(x) + x)."""
+
+    def __init__(self, body: nn.Module, weight: Tensor, bias: Tensor) -> None:
+        self._convs = [ConvRows(body.get_submodule(i)) for i in ("0", "2")]  # type: ignore[arg-type]
+        self._weight, self._bias = weight, bias
+        self._waiting = RowQueue()
+
+    def push(self, rows: Tensor, last: bool) -> Tensor:
+        self._waiting.put(rows)
+        for conv in self._convs:
+            rows = conv.push(rows, last).relu_()
+            if rows.shape[1] == 0:
+                return rows
+        x = self._waiting.take(rows.shape[1])
+        out = torch.addmm(x.flatten(0, 2), rows.flatten(0, 2), self._weight)
+        return out.add_(self._bias).relu_().view_as(x)
 
 
-def _channels_last(conv: nn.Module) -> tuple[Tensor, Tensor]:
-    weight, bias = conv.get_parameter("weight").detach(), conv.get_parameter("bias").detach()
-    return weight.contiguous(memory_format=torch.channels_last), bias
+class _CascadeRows:
+    """After each step, everything before it and its result are fused."""
+
+    def __init__(self, steps: Sequence[RowStream], fusions: Sequence[_Fusion]) -> None:
+        self._steps = steps
+        self._fusions = fusions
+        self._waiting = [[RowQueue() for _ in range(i + 1)] for i in range(len(steps))]
+
+    def push(self, rows: Tensor, last: bool) -> Tensor:
+        parts, out = [rows], rows
+        for step, fuse, waiting in zip(self._steps, self._fusions, self._waiting, strict=True):
+            for queue, part in zip(waiting, parts, strict=True):
+                queue.put(part)
+            out = step.push(out, last)
+            ready = out.shape[1]
+            if ready == 0:
+                return out
+            parts = [*(queue.take(ready) for queue in waiting), out]
+            out = fuse(parts)
+        return out
 
 
 def _transposed(conv: nn.Module) -> tuple[Tensor, Tensor]:

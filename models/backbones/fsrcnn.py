@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork
 from models.registry import MODELS
+from models.streams import RowStream, sequential_rows
 
 # Transposed 9x9 convolution: (padding, output_padding) that give exactly scale x the size.
 _TAIL_PADDING = {2: (4, 1), 3: (3, 0), 4: (3, 1)}
@@ -55,6 +56,9 @@ class FSRCNN(SRNetwork):
 
     def features(self, x: Tensor) -> Tensor:
         return self.body_conv(self.head_conv(x))
+
+    def stream(self) -> RowStream:
+        return sequential_rows([self.head_conv, self.body_conv])
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
         return self.tail_conv(feat)

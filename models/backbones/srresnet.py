@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from models.backbones.base import SRNetwork, conv3x3, shuffle_steps
 from models.registry import MODELS
+from models.streams import ChainRows, ConvRows, PointwiseRows, ResidualRows, RowStream
 
 _SLOPE = 0.1
 
@@ -25,6 +26,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(torch.relu(self.conv1(x)))
+
+    def stream(self) -> RowStream:
+        """See `SRNetwork.stream`."""
+        body = ChainRows(ConvRows(self.conv1), PointwiseRows(torch.relu_), ConvRows(self.conv2))
+        return ResidualRows(body)
 
 
 def _initialise(conv: nn.Conv2d, gain: float) -> None:
@@ -78,6 +84,14 @@ class SRResNet(SRNetwork):
 
     def features(self, x: Tensor) -> Tensor:
         return self.recon_trunk(F.leaky_relu(self.conv_first(x), _SLOPE))
+
+    def stream(self) -> RowStream:
+        streams: list[RowStream] = [ConvRows(self.conv_first)]
+        streams.append(PointwiseRows(lambda x: F.leaky_relu(x, _SLOPE)))
+        for block in self.recon_trunk:
+            assert isinstance(block, ResidualBlock)
+            streams.append(block.stream())
+        return ChainRows(*streams)
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
         out = feat
