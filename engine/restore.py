@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+import models
 from models.backbones.base import SRNetwork
 from models.fast import CHUNK_PX, FastEngine
 from models.inference import (
@@ -145,7 +146,7 @@ class PcsrRestorer:
         lr_size = (lr.shape[-2], lr.shape[-1])
         log_costs = self.cost.log_costs(lr_size, size)
         with Timer(lr.device) as timer:
-            if self.patches is None:
+            if self.patches is None or max(lr_size) <= self.patches.size:
                 result = super_resolve(
                     self.engine,
                     lr[None],
@@ -199,6 +200,8 @@ def load_model(path: Path, device: torch.device, config: Config | None = None) -
     checkpoint = load_checkpoint(path)
     data_norm = None
     if config is not None:
+        # Built to be checked: the checkpoint's spec would hide a misspelt argument.
+        models.make(config.model, data_norm=config.data_norm)
         check_same_model(config.model, checkpoint["model"], path)
         data_norm = config.data_norm
         if "name" not in checkpoint["model"]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replace_file(path: str | Path) -> Iterator[Path]:
+def replace_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it replaces `path`, on failure it goes.
 
-    The content is flushed to the disk before the replacement, so a crash or a full disk leaves
-    the old file as it was. Missing parent folders are made.
+    The content is flushed to the disk before the replacement (unless `sync` is false: for files
+    that can be made again), so a crash or a full disk leaves the old file as it was. Missing
+    parent folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,8 +23,9 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     )
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

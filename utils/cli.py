@@ -61,7 +61,11 @@ def one_line(error: BaseException) -> str:
     """An exception's message without line breaks."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if "Original Traceback" in text:
+        # A loader process sends its error as a traceback; the last line holds the message.
+        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def finite_float(text: str) -> float:
