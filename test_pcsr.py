@@ -33,6 +33,7 @@ def prepare(
         refinement=not args.no_refinement,
         pixel_batch_size=args.pixel_batch_size,
         engine=args.engine,
+        precision=args.precision,
         patches=patches,
     )
     return Subject(

@@ -26,6 +26,7 @@ from models.reference import PIXEL_BATCH_SIZE, ReferenceEngine
 from models.routing import KRouting, Routing
 from utils.checkpoint import build_model, check_same_model, load_checkpoint
 from utils.config import Config
+from utils.device import resolve_precision
 from utils.errors import UserError
 from utils.flops import PcsrCost, executed_flops, paper_flops
 from utils.machine import Timer
@@ -121,6 +122,8 @@ class PcsrRestorer:
         pixel_batch_size: at most this many pixels go through an MLP at once.
         patches: work patch by patch; None for whole images.
         engine: "fast", or "reference" for the straightforward one.
+        precision: "fp32", "bf16", "fp16" or "auto" (see `utils.device`); the reference engine
+            works in fp32.
     """
 
     def __init__(
@@ -132,12 +135,13 @@ class PcsrRestorer:
         pixel_batch_size: int = PIXEL_BATCH_SIZE,
         patches: Patches | None = None,
         engine: EngineName = "fast",
+        precision: str = "fp32",
     ) -> None:
         self.model = model
         self.routing = routing or KRouting(0.0)
         self.refinement = refinement
         self.patches = patches
-        self.engine = make_engine(model, engine, pixel_batch_size)
+        self.engine = make_engine(model, engine, pixel_batch_size, precision)
         self.cost = PcsrCost.of(model)
 
     @torch.inference_mode()
@@ -180,11 +184,23 @@ class PcsrRestorer:
         )
 
 
-def make_engine(model: PCSR, name: EngineName, pixel_batch_size: int = PIXEL_BATCH_SIZE) -> Engine:
-    """The engine called `name`, holding at most `pixel_batch_size` pixels in an MLP at once."""
+def make_engine(
+    model: PCSR,
+    name: EngineName = "fast",
+    pixel_batch_size: int = PIXEL_BATCH_SIZE,
+    precision: str = "fp32",
+) -> Engine:
+    """The engine called `name`, holding at most `pixel_batch_size` pixels in an MLP at once.
+
+    Raises:
+        UserError: the reference engine in another precision than fp32.
+    """
+    dtype = resolve_precision(precision, model.norm.mean.device)
     if name == "reference":
+        if dtype != torch.float32:
+            raise UserError(f"--engine reference works in fp32, not {precision}")
         return ReferenceEngine(model, pixel_batch_size=pixel_batch_size)
-    return FastEngine(model, chunk_px=min(CHUNK_PX, pixel_batch_size))
+    return FastEngine(model, chunk_px=min(CHUNK_PX, pixel_batch_size), dtype=dtype)
 
 
 def load_model(path: Path, device: torch.device, config: Config | None = None) -> nn.Module:

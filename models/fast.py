@@ -9,11 +9,15 @@ Axes: B batch, C channels, h w LR, H W output, M upsamplers, K = M - 1 margins, 
 width.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from models.cost import UpsamplingCost
 from models.grid import PixelGrid
 from models.inference import Upsampled
 from models.packed import PackedSampler
@@ -25,7 +29,8 @@ BLOCK_PX = 1024
 CHUNK_PX = 4096
 # LR pixels of an encoder's run of rows. Measured on CARN: 4096 to 16384 take the same time, longer
 # ones fall out of the cache (a 480x270 image at once: 1.1 times the time).
-RUN_PX = 12288
+RUN_PX = 16384
+HALF_MULTIPLE = 1024
 
 
 class FastEngine:
@@ -36,6 +41,7 @@ class FastEngine:
         block_px: LR pixels that are worked on at once.
         chunk_px: output pixels that go through an upsampler at once.
         run_px: LR pixels that go through the encoder at once.
+        dtype: of convolutions and products. Images, margins and sums stay float32.
     """
 
     def __init__(
@@ -45,19 +51,22 @@ class FastEngine:
         block_px: int = BLOCK_PX,
         chunk_px: int = CHUNK_PX,
         run_px: int = RUN_PX,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.norm = model.norm
-        self.encoder = model.encoder.fused()
-        self.upsamplers = [PackedSampler.pack(sampler) for sampler in model.upsamplers]
+        self.encoder = model.encoder.fused(dtype)
+        self.lag_rows = model.encoder.receptive_radius_px
+        self.upsamplers = [PackedSampler.pack(sampler, dtype=dtype) for sampler in model.upsamplers]
         self.classifier = None
         if model.classifier is not None:
-            self.classifier = PackedSampler.pack(model.classifier, margins=True)
+            self.classifier = PackedSampler.pack(model.classifier, dtype=dtype, margins=True)
+        self.dtype = dtype
         self.block_px = block_px
         self.chunk_px = chunk_px
         self.run_px = run_px
 
     def encode(self, lr: Tensor) -> Tensor:
-        x = self.norm.normalise(lr)
+        x = self.norm.normalise(lr).to(self.dtype)
         return self.encoder(x.contiguous(memory_format=torch.channels_last))
 
     def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
@@ -68,10 +77,36 @@ class FastEngine:
         h, w = lr.shape[-2:]
         step = h if h * w <= 2 * self.run_px else max(1, self.run_px // w)
         for first in range(0, h, step):
-            x = self.norm.normalise(lr[:, :, first : first + step])
+            x = self.norm.normalise(lr[:, :, first : first + step]).to(self.dtype)
             rows = stream.push(x.permute(0, 2, 3, 1).contiguous(), last=first + step >= h)
             if rows.shape[1]:
                 yield rows.permute(0, 3, 1, 2)
+
+    def run_rows(self, lr_size: tuple[int, int]) -> list[int]:
+        h, w = lr_size
+        if h * w <= 2 * self.run_px or self.encoder.stream() is None:
+            return [h]
+        step = max(1, self.run_px // w)
+        ends = [max(0, last - self.lag_rows) for last in range(step, h, step)]
+        rows = [end - start for start, end in itertools.pairwise([0, *ends, h])]
+        return [count for count in rows if count]
+
+    def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
+        lasts = itertools.accumulate(run_rows)
+        parts = (grid.part(last - r, last)[0] for last, r in zip(lasts, run_rows, strict=True))
+        strips = [strip for part in parts for strip in self._strip_sizes(part)]
+        starts = itertools.accumulate((rows for rows, _ in strips), initial=0)
+        classifier = 0
+        if self.classifier is not None:
+            W = grid.cols.out_len
+            classifier = sum(self.classifier.flops(lr_px, rows * W) for rows, lr_px in strips)
+        first_layers = [[packed.flops(lr_px, 0) for packed in self.upsamplers] for _, lr_px in strips]
+        return UpsamplingCost(
+            fixed=classifier,
+            pixel=tuple(packed.flops(0, 1) for packed in self.upsamplers),
+            strip_starts=tuple(starts)[:-1],
+            strip=np.array(first_layers, np.float64),
+        )
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
         packed = self.classifier
@@ -166,10 +201,11 @@ class FastEngine:
                 lr_QD = feat_QC @ packed.feature_CD
                 for run in _runs(ends, self.chunk_px):
                     part = slice(run[0][1], run[-1][2])
-                    x_QD = lr_QD.index_select(0, source[part])
+                    x_QD = lr_QD.index_select(0, self._padded(source[part]))
                     for index, start, end in run:
                         x_QD[start - part.start : end - part.start].add_(tables[j][index])
-                    residual.index_copy_(0, target[part], packed.finish(x_QD))
+                    y_Q3 = packed.finish(x_QD)[: part.stop - part.start]
+                    residual.index_copy_(0, target[part], y_Q3)
             residual_SSrw3 = (residual * std).view(scale, scale, -1, w, 3)
             sr_3hSwS[:, rows].add_(residual_SSrw3.permute(4, 2, 0, 3, 1))
 
@@ -196,16 +232,37 @@ class FastEngine:
                 row, col = picked // W + first, picked % W
                 source = (grid.rows.nearest[row] - lr_rows.start) * w + grid.cols.nearest[col]
                 rows_HD, cols_WD = tables[j]
-                x_QD = (feat_QC @ packed.feature_CD).index_select(0, source)
-                x_QD.add_(rows_HD[row]).add_(cols_WD[col])
-                residual_Q3.index_copy_(0, picked, packed.finish(x_QD))
+                x_QD = (feat_QC @ packed.feature_CD).index_select(0, self._padded(source))
+                x_QD[: len(picked)].add_(rows_HD[row]).add_(cols_WD[col])
+                residual_Q3.index_copy_(0, picked, packed.finish(x_QD)[: len(picked)])
             sr_3HW[:, first:last].add_((residual_Q3 * std).t().unflatten(1, (last - first, W)))
+
+    def _padded(self, index_Q: Tensor) -> Tensor:
+        """`index_Q`, in half precision with zeros up to a multiple of HALF_MULTIPLE.
+
+        Half-precision products on a CPU are prepared anew for every number of rows, which takes
+        longer than the product (measured: 0.35 us a pixel, the product 0.1 to 0.2).
+        """
+        if self.dtype == torch.float32 or index_Q.device.type != "cpu":
+            return index_Q
+        return F.pad(index_Q, (0, -len(index_Q) % HALF_MULTIPLE))
 
     def _strips(self, h: int, w: int) -> Iterator[slice]:
         """Strips of LR rows of about `block_px` pixels."""
         step = max(1, self.block_px // w)
         for start in range(0, h, step):
             yield slice(start, min(h, start + step))
+
+    def _strip_sizes(self, grid: PixelGrid) -> Iterator[tuple[int, int]]:
+        """Output rows and LR pixels of each strip."""
+        h, w, scale = grid.rows.lr_len, grid.cols.lr_len, grid.integer_scale
+        if scale is None:
+            for first, last, lr_rows in self._out_strips(grid):
+                yield last - first, (lr_rows.stop - lr_rows.start) * w
+        else:
+            for rows in self._strips(h, w):
+                count = rows.stop - rows.start
+                yield count * scale, count * w
 
     def _out_strips(self, grid: PixelGrid) -> Iterator[tuple[int, int, slice]]:
         """(first, last) output rows of about `block_px` pixels, and the LR rows they read."""

@@ -138,3 +138,18 @@ class CountedCall(torch.nn.Module):
 
     def forward(self) -> int:
         return self.call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(36, 28), (25, 30)])
+def test_half_precision_is_close(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    model = make_model("carn")
+    lr = torch.rand(1, 3, 9, 7)
+    log_costs = PcsrCost.of(model).log_costs((9, 7), size)
+    full, half = (
+        super_resolve(FastEngine(model, dtype=d), lr, size, FixedRouting(-1), log_costs).sr
+        for d in (torch.float32, dtype)
+    )
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0, atol=0.02)
+    assert not torch.equal(half, full)

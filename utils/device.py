@@ -35,6 +35,31 @@ def pick_device(name: str = "auto", gpu: str | None = None) -> torch.device:
     return device
 
 
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic to infer in.
+
+    Args:
+        name: "fp32", "bf16", "fp16", or "auto": bf16 where the device has matrix units for it,
+            else fp32.
+
+    Raises:
+        UserError: another name.
+    """
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name == "auto":
+        return torch.bfloat16 if _has_bf16_units(device) else torch.float32
+    if name not in known:
+        raise UserError(f"precision `{name}`: choose fp32, bf16, fp16 or auto")
+    return known[name]
+
+
+def _has_bf16_units(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    return device.type == "cpu" and bool(capabilities().get("amx_bf16"))
+
+
 def _checked_cuda(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         built = "no CUDA GPU is visible" if torch.version.cuda else "this torch has no CUDA build"

@@ -95,6 +95,7 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
         refinement=refinement,
         pixel_batch_size=args.pixel_batch_size,
         engine=args.engine,
+        precision=args.precision,
     )
     lines = [
         f"PCSR on {pcsr.backbone}: {pcsr.path}; {routing.describe()}, "
@@ -109,6 +110,7 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
         "refinement": refinement,
         "model_scale": args.model_scale,
         "engine": args.engine,
+        "precision": args.precision,
     }
     original, conventions = None, None
     if not args.upscale:

@@ -6,6 +6,7 @@ Axes: B batch, C channels, h w LR, H W output.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.fuse import fused_copy
@@ -60,12 +61,15 @@ class SRNetwork(nn.Module):
         """Features and normalised LR to the normalised output (B, 3, scale h, scale w)."""
         raise NotImplementedError
 
-    def fused(self) -> Encoder:
+    def fused(self, dtype: torch.dtype = torch.float32) -> Encoder:
         """A copy for inference, equal up to rounding and faster; this network is left as it is.
 
         A backbone whose memory traffic can be cut further returns a module of its own.
+
+        Args:
+            dtype: of weights and activations; callers convert what they pass.
         """
-        return fused_copy(self)
+        return fused_copy(self).to(dtype)
 
     def stream(self) -> RowStream | None:
         """A new stream from normalised rows (r, w, 3) to feature rows, for one image.

@@ -135,8 +135,8 @@ class CARN(SRNetwork):
     def features(self, x: Tensor) -> Tensor:
         return cascade(self.entry(x), [self.b1, self.b2, self.b3], [self.c1, self.c2, self.c3])
 
-    def fused(self) -> Encoder:
-        folded = fused_copy(self)
+    def fused(self, dtype: torch.dtype = torch.float32) -> Encoder:
+        folded = fused_copy(self).to(dtype)
         return FusedCarn(folded) if self.no_upsampling else folded
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
