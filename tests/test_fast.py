@@ -6,6 +6,7 @@ import torch
 import models
 from models.fast import FastEngine
 from models.inference import super_resolve, super_resolve_patches
+from models.optimized import OptimizedOriginal
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
@@ -153,3 +154,15 @@ def test_half_precision_is_close(dtype: torch.dtype, size: tuple[int, int]) -> N
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, full, rtol=0, atol=0.02)
     assert not torch.equal(half, full)
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_optimized_original_is_the_original(backbone: str) -> None:
+    torch.manual_seed(0)
+    model = models.make({"name": backbone, "args": BACKBONES[backbone]}).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+    lr = torch.rand(2, 3, 9, 7)
+    with torch.inference_mode():
+        torch.testing.assert_close(OptimizedOriginal(model)(lr), model(lr), rtol=0, atol=1e-5)

@@ -62,14 +62,17 @@ class SRNetwork(nn.Module):
         raise NotImplementedError
 
     def fused(self, dtype: torch.dtype = torch.float32) -> Encoder:
-        """A copy for inference, equal up to rounding and faster; this network is left as it is.
+        """The features for inference, equal up to rounding and faster, on a copy of the weights.
 
-        A backbone whose memory traffic can be cut further returns a module of its own.
+        Of an original network, too, this is the part before the tail. A backbone whose memory
+        traffic can be cut further returns a module of its own.
 
         Args:
             dtype: of weights and activations; callers convert what they pass.
         """
-        return fused_copy(self).to(dtype)
+        features = fused_copy(self).to(dtype)
+        features.no_upsampling = True
+        return features
 
     def stream(self) -> RowStream | None:
         """A new stream from normalised rows (r, w, 3) to feature rows, for one image.
