@@ -100,7 +100,9 @@ class FastEngine:
         if self.classifier is not None:
             W = grid.cols.out_len
             classifier = sum(self.classifier.flops(lr_px, rows * W) for rows, lr_px in strips)
-        first_layers = [[packed.flops(lr_px, 0) for packed in self.upsamplers] for _, lr_px in strips]
+        first_layers = [
+            [packed.flops(lr_px, 0) for packed in self.upsamplers] for _, lr_px in strips
+        ]
         return UpsamplingCost(
             fixed=classifier,
             pixel=tuple(packed.flops(0, 1) for packed in self.upsamplers),

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.cost import UpsamplingCost
 from models.grid import PixelGrid
 from models.refinement import RefineRows, refine
 from models.routing import Routing
@@ -47,6 +48,19 @@ class Engine(Protocol):
 
     def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
         """The same features in runs of rows (B, C, r, w), from top to bottom."""
+        ...
+
+    def run_rows(self, lr_size: tuple[int, int]) -> list[int]:
+        """How many LR rows each run of :meth:`encode_rows` has on an image of (h, w)."""
+        ...
+
+    def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
+        """What classifier and upsamplers execute on an image, in FLOPs.
+
+        Args:
+            grid: of the whole image, or of one of its patches.
+            run_rows: LR rows that :meth:`upsample` is given at once.
+        """
         ...
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:

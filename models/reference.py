@@ -3,11 +3,13 @@
 Axes: B batch, C channels, h w LR, H W output, M upsamplers, Q pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from models.cost import UpsamplingCost
 from models.grid import PixelGrid
 from models.inference import Upsampled
 from models.pcsr import PCSR
@@ -34,6 +36,19 @@ class ReferenceEngine:
 
     def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
         yield self.encode(lr)
+
+    def run_rows(self, lr_size: tuple[int, int]) -> list[int]:
+        return [lr_size[0]]
+
+    def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
+        (H, W), classifier = grid.out_size, self.model.classifier
+        upsamplers = self.model.upsamplers
+        return UpsamplingCost(
+            fixed=0 if classifier is None else H * W * mlp_flops(classifier),
+            pixel=tuple(mlp_flops(upsampler) for upsampler in upsamplers),
+            strip_starts=(0,),
+            strip=np.zeros((1, len(upsamplers))),
+        )
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
         (H, W), batch = grid.out_size, len(feat_BChw)

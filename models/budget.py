@@ -1,0 +1,287 @@
+"""Routing to a budget: heavier upsamplers for the pixels that want them most, until it is used up.
+
+With two upsamplers the order is that of the margins. With more it is that of k: by
+``argmax_j m_j - k d_j`` (m_j the margins, d_j the logarithms of the relative costs) a pixel gets
+upsampler j or a heavier one where ``k < kappa_j``,
+
+    kappa_j = max over i >= j of  min over l < j of  (m_i - m_l) / (d_i - d_l),
+
+so that one threshold on the M - 1 maps kappa_j decides about all pixels.
+
+Axes: B patches of *one* image (or the image), M upsamplers, K = M - 1, H W output.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.cost import UpsamplingCost, count_rows_above, row_chunks
+from utils.errors import UserError
+
+# So many pixels in question are gathered, instead of counting over the image again and again.
+_GATHERED = 2**16
+
+# A sample of as many pixels places any share of them to within this, six standard deviations.
+_DOUBT = 0.012
+
+# Keys of +-infinity, see _float_of.
+_INFINITY = 0x7F800000
+_MINUS_INFINITY = -_INFINITY - 1
+
+
+@dataclass(frozen=True)
+class BudgetRouting:
+    """The image's cost as near below `budget` as its pixels allow.
+
+    All pixels start light; the largest margins (with more than two upsamplers: the largest k) are
+    raised first, equal ones in the order of the pixels, until the next would exceed the budget.
+    What is left of it is less than one pixel and, where that pixel is the first of its class in
+    its strip, the strip cost. Below the cost of all-light the result is all-light.
+
+    Attributes:
+        cost: of this image.
+        budget: in the same unit.
+        words: for :meth:`describe`.
+    """
+
+    is_global: ClassVar[bool] = True
+    cost: UpsamplingCost
+    budget: float
+    words: str = "budget"
+
+    def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        """See `models.routing.Routing`; all patches of the image at once."""
+        if any(heavier < lighter for lighter, heavier in itertools.pairwise(log_costs_M)):
+            raise UserError("a budget needs upsamplers that are ordered light to heavy")
+        return _Raising(raise_order(margins_BKHW, log_costs_M), self.cost).up_to(self.budget)
+
+    def describe(self) -> str:
+        return self.words
+
+
+def raise_order(margins_BKHW: Tensor, slopes_M: Sequence[float]) -> Tensor:
+    """kappa (B, K, H, W) float32: which pixels are raised to class j = 1..M-1 first.
+
+    Never increasing in j. Pixels without order (nan) come last.
+
+    Args:
+        margins_BKHW: value of each upsampler relative to the lightest; of one, only the order
+            counts, so that it comes back as it is.
+        slopes_M: what k times the value is weighed against; not decreasing.
+    """
+    if margins_BKHW.shape[1] == 1:
+        return margins_BKHW.float()
+    kappa_BKHW = torch.empty_like(margins_BKHW, dtype=torch.float32)
+    for rows in row_chunks(margins_BKHW):
+        margins = margins_BKHW[:, :, rows].float().unbind(1)
+        values = [torch.zeros_like(margins[0]), *margins]
+        reached: Tensor | None = None
+        for j in range(1, len(values)):
+            each = (_wanted(values, slopes_M, i, j) for i in range(j, len(values)))
+            best = functools.reduce(torch.maximum, each)
+            # They cannot increase but by rounding.
+            reached = best if reached is None else torch.minimum(best, reached)
+            kappa_BKHW[:, j - 1, rows] = reached
+    return kappa_BKHW
+
+
+def _wanted(values: Sequence[Tensor], slopes_M: Sequence[float], i: int, j: int) -> Tensor:
+    """The k below which upsampler `i` is better than all those below `j`."""
+    ratios = []
+    for low in range(j):
+        slope = slopes_M[i] - slopes_M[low]
+        ratio = (values[i] - values[low]) / slope
+        ratios.append(ratio if slope else ratio.nan_to_num_(-math.inf, math.inf, -math.inf))
+    return functools.reduce(torch.minimum, ratios)
+
+
+class _Raising:
+    """An image whose pixels are raised in order; finds how far a budget reaches.
+
+    The search is exact, and its memory little more than the class map's: a threshold is tried by
+    counting, and only the last few pixels in question are gathered.
+
+    Args:
+        kappa_BKHW: see :func:`raise_order`.
+        cost: of the image.
+    """
+
+    def __init__(self, kappa_BKHW: Tensor, cost: UpsamplingCost) -> None:
+        self.kappa_BKHW = kappa_BKHW
+        self.cost = cost
+        self.rest: _Rest | None = None
+
+    def up_to(self, budget: float) -> Tensor:
+        """Classes (B, H, W) uint8."""
+        patches, K, H, W = self.kappa_BKHW.shape
+        if self.cost.uniform(-1, (H, W), patches) <= budget:
+            return self.kappa_BKHW.new_full((patches, H, W), K, dtype=torch.uint8)
+        fits, exceeds = self._trial(_INFINITY), self._trial(_MINUS_INFINITY)
+        if fits.cost > budget or exceeds.cost <= budget:
+            reached = fits if fits.cost > budget else exceeds
+            return self._classes(torch.tensor(reached.threshold))
+        fits, exceeds = self._narrow(fits, exceeds, budget)
+        # Pixels between the two thresholds are equal, or one: those that come first are raised.
+        rows = _last(
+            patches * H, lambda n: self.cost.total(_mixed(exceeds.counts, fits.counts, n)) <= budget
+        )
+        thresholds = torch.full((patches * H,), fits.threshold)
+        thresholds[:rows] = exceeds.threshold
+        classes = self._classes(thresholds.view(patches, H, 1))
+        self._raise_in_row(classes, rows, fits, exceeds, budget)
+        return classes
+
+    def _narrow(
+        self, fits: "_Trial", exceeds: "_Trial", budget: float
+    ) -> tuple["_Trial", "_Trial"]:
+        """Raise one threshold and lower the other until the pixels between are equal, or one."""
+        guesses = self._guesses((budget - fits.cost) / (exceeds.cost - fits.cost))
+        while exceeds.key + 1 < fits.key and (between := _raised(fits, exceeds)) > 1:
+            if self.rest is None and between <= _GATHERED:
+                self.rest = _Rest.gather(self.kappa_BKHW, fits, exceeds)
+            key = guesses.pop() if guesses else (exceeds.key + fits.key) // 2
+            trial = self._trial(min(max(key, exceeds.key + 1), fits.key - 1))
+            if trial.cost <= budget:
+                fits = trial
+            else:
+                exceeds = trial
+        return fits, exceeds
+
+    def _guesses(self, share: float) -> list[int]:
+        """Keys of two thresholds that likely lie on both sides of where `share` is raised."""
+        values = self.kappa_BKHW.flatten()
+        sample = values[:: 1 + len(values) // _GATHERED].sort().values
+        ranks = [round((1 - share + shift) * len(sample)) for shift in (-_DOUBT, _DOUBT)]
+        return [_key_of(float(sample[min(max(rank, 0), len(sample) - 1)])) for rank in ranks]
+
+    def _trial(self, key: int) -> "_Trial":
+        threshold = _float_of(key)
+        if self.rest is not None:
+            counts_BHM = self.rest.counts(threshold)
+        else:
+            counts_BHM = count_rows_above(self.kappa_BKHW, [threshold] * self.kappa_BKHW.shape[1])
+        return _Trial(key, threshold, counts_BHM, self.cost.total(counts_BHM))
+
+    def _classes(self, thresholds: Tensor) -> Tensor:
+        thresholds = thresholds.to(self.kappa_BKHW.device)
+        classes, *others = (
+            (kappa_BHW > thresholds).view(torch.uint8) for kappa_BHW in self.kappa_BKHW.unbind(1)
+        )
+        for other in others:
+            classes.add_(other)
+        return classes
+
+    def _raise_in_row(
+        self, classes: Tensor, row: int, fits: "_Trial", exceeds: "_Trial", budget: float
+    ) -> None:
+        """Raise the first pixels of `row` (counted over all patches) as far as `budget` goes."""
+        _, K, H, W = self.kappa_BKHW.shape
+        patch, y = divmod(row, H)
+        kappa_KW = self.kappa_BKHW[patch, :, y]
+        low = (kappa_KW > fits.threshold).sum(0).cpu().numpy()
+        high = (kappa_KW > exceeds.threshold).sum(0).cpu().numpy()
+        counts_BHM = _mixed(exceeds.counts, fits.counts, row)
+
+        def within(pixels: int) -> bool:
+            mixed = np.concatenate([high[:pixels], low[pixels:]])
+            counts_BHM[patch, y] = np.bincount(mixed, minlength=K + 1)
+            return self.cost.total(counts_BHM) <= budget
+
+        pixels = _last(W, within)
+        classes[patch, y, :pixels] = torch.from_numpy(high[:pixels]).to(classes)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What raising all pixels above a threshold would cost."""
+
+    key: int
+    threshold: float
+    counts: NDArray[np.int64]
+    cost: float
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What is raised between two thresholds.
+
+    Attributes:
+        counts_BHM: at the upper threshold, where none of it is raised yet.
+        kappa, row, raised_to: of each raise, the row counted over all patches.
+    """
+
+    counts_BHM: NDArray[np.int64]
+    kappa: NDArray[np.float32]
+    row: NDArray[np.int64]
+    raised_to: NDArray[np.int64]
+
+    @classmethod
+    def gather(cls, kappa_BKHW: Tensor, fits: _Trial, exceeds: _Trial) -> "_Rest":
+        values, places = [], []
+        H = kappa_BKHW.shape[2]
+        for rows in row_chunks(kappa_BKHW):
+            chunk = kappa_BKHW[:, :, rows]
+            between = (chunk > exceeds.threshold).logical_and_(chunk <= fits.threshold)
+            b, k, y, x = between.nonzero(as_tuple=True)
+            values.append(chunk[b, k, y, x])
+            places.append(torch.stack([b * H + y + rows.start, k + 1]))
+        row, raised_to = torch.cat(places, dim=1).cpu().numpy()
+        return cls(fits.counts, torch.cat(values).cpu().numpy(), row, raised_to)
+
+    def counts(self, threshold: float) -> NDArray[np.int64]:
+        above = self.kappa > threshold
+        cell = self.row[above] * self.counts_BHM.shape[-1] + self.raised_to[above]
+        size = self.counts_BHM.size
+        change = np.bincount(cell, minlength=size) - np.bincount(cell - 1, minlength=size)
+        return self.counts_BHM + change.reshape(self.counts_BHM.shape)
+
+
+def _raised(fits: _Trial, exceeds: _Trial) -> int:
+    """By how many classes, over all pixels, two trials differ."""
+    difference_M = (exceeds.counts - fits.counts).sum(axis=(0, 1))
+    return int(difference_M @ np.arange(len(difference_M)))
+
+
+def _mixed(
+    first_BHM: NDArray[np.int64], rest_BHM: NDArray[np.int64], rows: int
+) -> NDArray[np.int64]:
+    """The first `rows` rows of one, over all patches, and the others of the other."""
+    mixed = rest_BHM.copy()
+    flat_RM = mixed.reshape(-1, mixed.shape[-1])
+    flat_RM[:rows] = first_BHM.reshape(flat_RM.shape)[:rows]
+    return mixed
+
+
+def _last(stop: int, within: Callable[[int], bool]) -> int:
+    """The n in 0..stop-1 with `within(n)` but not `within(n + 1)`.
+
+    Taken for granted: `within(0)`, and not `within(stop)`.
+    """
+    inside, outside = 0, stop
+    while inside + 1 < outside:
+        middle = (inside + outside) // 2
+        if within(middle):
+            inside = middle
+        else:
+            outside = middle
+    return inside
+
+
+def _float_of(key: int) -> float:
+    """The float32 with this rank among all: integers in the order of the numbers they stand for."""
+    bits = np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int32)
+    return float(bits.view(np.float32))
+
+
+def _key_of(value: float) -> int:
+    """The inverse of :func:`_float_of`."""
+    bits = int(np.array(value, np.float32).view(np.int32))
+    return bits if bits >= 0 else -1 - (bits & 0x7FFFFFFF)
