@@ -22,6 +22,7 @@ from models.grid import PixelGrid
 from models.inference import Upsampled
 from models.packed import PackedSampler
 from models.pcsr import PCSR
+from models.sampler import LIIFSampler
 
 # Sizes that keep a block's data in a CPU's L2 cache: 4096 pixels of a heavy upsampler of width 80
 # are 1.3 MB.
@@ -31,6 +32,7 @@ CHUNK_PX = 4096
 # ones fall out of the cache (a 480x270 image at once: 1.1 times the time).
 RUN_PX = 16384
 HALF_MULTIPLE = 1024
+HALF_MIN_WIDTH = 48
 
 
 class FastEngine:
@@ -59,7 +61,9 @@ class FastEngine:
         self.upsamplers = [PackedSampler.pack(sampler, dtype=dtype) for sampler in model.upsamplers]
         self.classifier = None
         if model.classifier is not None:
-            self.classifier = PackedSampler.pack(model.classifier, dtype=dtype, margins=True)
+            self.classifier = PackedSampler.pack(
+                model.classifier, dtype=_product_dtype(model.classifier, dtype), margins=True
+            )
         self.dtype = dtype
         self.block_px = block_px
         self.chunk_px = chunk_px
@@ -153,7 +157,7 @@ class FastEngine:
         h, w = feat_hwC.shape[:2]
         out_KhSwS = out_KHW.view(-1, h, scale, w, scale)
         for rows in self._strips(h, w):
-            lr_QD = feat_hwC[rows].flatten(0, 1) @ packed.feature_CD
+            lr_QD = packed.lr_part(feat_hwC[rows].flatten(0, 1))
             y_PQK = packed.finish((lr_QD + phases_PD[:, None]).flatten(0, 1))
             y_SSrwK = y_PQK.view(scale, scale, -1, w, packed.out_dim)
             out_KhSwS[:, rows] = y_SSrwK.permute(4, 2, 0, 3, 1)
@@ -165,7 +169,7 @@ class FastEngine:
         flops = 0
         rows_HD, cols_WD = packed.axes(grid)
         for first, last, lr_rows in self._out_strips(grid):
-            lr_hwD = feat_hwC[lr_rows] @ packed.feature_CD
+            lr_hwD = packed.lr_part(feat_hwC[lr_rows])
             source = grid.rows.nearest[first:last] - lr_rows.start
             x = lr_hwD[source][:, grid.cols.nearest] + rows_HD[first:last, None] + cols_WD
             y_QK = packed.finish(x.flatten(0, 1))
@@ -191,7 +195,7 @@ class FastEngine:
             feat_QC = feat_hwC[rows].flatten(0, 1)
             # Phase by phase, so that what a phase adds is added to a contiguous run of pixels.
             classes_PQ = classes_hSwS[rows].permute(1, 3, 0, 2).reshape(scale * scale, -1)
-            residual = feat_QC.new_empty(classes_PQ.numel(), 3)
+            residual = sr_3HW.new_empty(classes_PQ.numel(), 3)
             for j, packed in enumerate(self.upsamplers):
                 mask_PQ = classes_PQ == j
                 ends = mask_PQ.sum(dim=1).cumsum(0).tolist()
@@ -200,14 +204,14 @@ class FastEngine:
                 work.add(j, ends[-1], packed.flops(len(feat_QC), ends[-1]))
                 phase, source = mask_PQ.nonzero(as_tuple=True)
                 target = phase.mul_(classes_PQ.shape[1]).add_(source)
-                lr_QD = feat_QC @ packed.feature_CD
+                lr_QD = packed.lr_part(feat_QC)
                 for run in _runs(ends, self.chunk_px):
                     part = slice(run[0][1], run[-1][2])
-                    x_QD = lr_QD.index_select(0, self._padded(source[part]))
+                    x_QD = lr_QD.index_select(0, self._padded(source[part], packed))
                     for index, start, end in run:
                         x_QD[start - part.start : end - part.start].add_(tables[j][index])
                     y_Q3 = packed.finish(x_QD)[: part.stop - part.start]
-                    residual.index_copy_(0, target[part], y_Q3)
+                    residual.index_copy_(0, target[part], y_Q3.float())
             residual_SSrw3 = (residual * std).view(scale, scale, -1, w, 3)
             sr_3hSwS[:, rows].add_(residual_SSrw3.permute(4, 2, 0, 3, 1))
 
@@ -225,7 +229,7 @@ class FastEngine:
         for first, last, lr_rows in self._out_strips(grid):
             feat_QC = feat_hwC[lr_rows].flatten(0, 1)
             chosen = classes_HW[first:last].flatten()
-            residual_Q3 = feat_QC.new_empty(len(chosen), 3)
+            residual_Q3 = sr_3HW.new_empty(len(chosen), 3)
             for j, packed in enumerate(self.upsamplers):
                 picked = (chosen == j).nonzero()[:, 0]
                 if len(picked) == 0:
@@ -234,18 +238,19 @@ class FastEngine:
                 row, col = picked // W + first, picked % W
                 source = (grid.rows.nearest[row] - lr_rows.start) * w + grid.cols.nearest[col]
                 rows_HD, cols_WD = tables[j]
-                x_QD = (feat_QC @ packed.feature_CD).index_select(0, self._padded(source))
+                x_QD = packed.lr_part(feat_QC).index_select(0, self._padded(source, packed))
                 x_QD[: len(picked)].add_(rows_HD[row]).add_(cols_WD[col])
-                residual_Q3.index_copy_(0, picked, packed.finish(x_QD)[: len(picked)])
+                residual_Q3.index_copy_(0, picked, packed.finish(x_QD)[: len(picked)].float())
             sr_3HW[:, first:last].add_((residual_Q3 * std).t().unflatten(1, (last - first, W)))
 
-    def _padded(self, index_Q: Tensor) -> Tensor:
-        """`index_Q`, in half precision with zeros up to a multiple of HALF_MULTIPLE.
+    @staticmethod
+    def _padded(index_Q: Tensor, packed: PackedSampler) -> Tensor:
+        """`index_Q`, for products in half precision with zeros up to a multiple.
 
         Half-precision products on a CPU are prepared anew for every number of rows, which takes
         longer than the product (measured: 0.35 us a pixel, the product 0.1 to 0.2).
         """
-        if self.dtype == torch.float32 or index_Q.device.type != "cpu":
+        if packed.feature_CD.dtype == torch.float32 or index_Q.device.type != "cpu":
             return index_Q
         return F.pad(index_Q, (0, -len(index_Q) % HALF_MULTIPLE))
 
@@ -274,6 +279,13 @@ class FastEngine:
             last = min(H, first + step)
             nearest = grid.rows.nearest
             yield first, last, slice(int(nearest[first]), int(nearest[last - 1]) + 1)
+
+
+def _product_dtype(sampler: LIIFSampler, dtype: torch.dtype) -> torch.dtype:
+    """Half precision for wide MLPs only: on a CPU narrow ones are no faster in it."""
+    narrow = max(layer.out_features for layer in sampler.imnet.linears) < HALF_MIN_WIDTH
+    on_cpu = sampler.imnet.linears[0].weight.device.type == "cpu"
+    return torch.float32 if narrow and on_cpu else dtype
 
 
 class _Work:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.elementwise import relu_
 from models.grid import PixelGrid
 from models.sampler import LIIFSampler
 
@@ -46,7 +47,7 @@ class PackedSampler:
         """Pack a sampler's weights.
 
         Args:
-            dtype: of the products; geometry stays float32 until it is added.
+            dtype: of the products; sums with geometry are float32.
             multiple: hidden widths are padded to a multiple of this.
             margins: give each output relative to the first one, which is left out: of a
                 classifier's logits, routing needs no more.
@@ -95,10 +96,15 @@ class PackedSampler:
         """What rows (H, D) and columns (W, D) add to the first layer; rows hold its constant."""
         rel_y, rel_x, cell_y, cell_x = self.geometry_4D
         constant = self.bias_D + cell_y * grid.rows.cell + cell_x * grid.cols.cell
-        dtype = self.feature_CD.dtype
-        rows_HD = grid.rows.rel[:, None] * rel_y + constant
-        cols_WD = grid.cols.rel[:, None] * rel_x
-        return rows_HD.to(dtype), cols_WD.to(dtype)
+        return grid.rows.rel[:, None] * rel_y + constant, grid.cols.rel[:, None] * rel_x
+
+    def lr_part(self, feat: Tensor) -> Tensor:
+        """What each LR pixel adds to the first layer: (..., C) to (..., D) float32.
+
+        Sums with geometry are float32 even in half precision: more exact, and on a CPU a sum of
+        a matrix and a row takes a tenth of the time.
+        """
+        return (feat.to(self.feature_CD.dtype) @ self.feature_CD).float()
 
     def phases(self, grid: PixelGrid, scale: int) -> Tensor:
         """(scale * scale, D): what each output pixel of an LR pixel adds, at an integer scale."""
@@ -106,9 +112,10 @@ class PackedSampler:
         return (rows_HD[:scale, None] + cols_WD[None, :scale]).flatten(0, 1)
 
     def finish(self, x_QD: Tensor) -> Tensor:
-        """(Q, D) sums of the first layer, overwritten, to (Q, O)."""
+        """(Q, D) float32 sums of the first layer, overwritten, to (Q, O)."""
+        x_QD = x_QD.to(self.feature_CD.dtype)
         for weight in self.layers:
-            x_QD = torch.mm(x_QD.relu_(), weight)
+            x_QD = torch.mm(relu_(x_QD), weight)
         return x_QD
 
 

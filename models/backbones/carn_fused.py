@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.elementwise import relu_
 from models.streams import ChainRows, ConvRows, RowQueue, RowStream, push_whole
 
 
@@ -46,7 +47,7 @@ class _Fusion:
         out = torch.addmm(self._bias, parts[0].flatten(0, 2), self._weights[0])
         for part, weight in zip(parts[1:], self._weights[1:], strict=True):
             out.addmm_(part.flatten(0, 2), weight)
-        return out.relu_().view_as(parts[0])
+        return relu_(out).view_as(parts[0])
 
 
 class _Block:
@@ -73,12 +74,13 @@ class _ResidualRows:
     def push(self, rows: Tensor, last: bool) -> Tensor:
         self._waiting.put(rows)
         for conv in self._convs:
-            rows = conv.push(rows, last).relu_()
+            rows = relu_(conv.push(rows, last))
             if rows.shape[1] == 0:
                 return rows
         x = self._waiting.take(rows.shape[1])
-        out = torch.addmm(x.flatten(0, 2), rows.flatten(0, 2), self._weight)
-        return out.add_(self._bias).relu_().view_as(x)
+        # Equal shapes are summed: adding a row to a matrix is slow in half precision.
+        out = torch.addmm(self._bias, rows.flatten(0, 2), self._weight)
+        return relu_(out.view_as(x).add_(x))
 
 
 class _CascadeRows:
