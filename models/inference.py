@@ -6,8 +6,9 @@ is the straightforward engine, `models.fast` the one that users run.
 Axes: B batch, C channels, h w LR, H W output, M upsamplers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -40,7 +41,13 @@ class Upsampled:
 
 
 class Engine(Protocol):
-    """The three parts of a PCSR model; implementations agree up to rounding."""
+    """The three parts of a PCSR model; implementations agree up to rounding.
+
+    Attributes:
+        dtype: of the features.
+    """
+
+    dtype: torch.dtype
 
     def encode(self, lr: Tensor) -> Tensor:
         """Features (B, C, h, w) of `lr` (B, 3, h, w), float RGB in [0, 1]."""
@@ -86,6 +93,8 @@ class SRResult:
             overlaps count once per patch.
         encoded_size: (images or patches, h, w) of what the encoder ran on.
         mlp_flops: executed by classifier and upsamplers.
+        encoder_passes: how often the encoder ran on it: twice where features were too many to be
+            kept until all pixels were routed.
     """
 
     sr: Tensor
@@ -93,6 +102,7 @@ class SRResult:
     pixel_counts: list[int]
     encoded_size: tuple[int, int, int]
     mlp_flops: int
+    encoder_passes: int = 1
 
 
 @torch.inference_mode()
@@ -128,6 +138,7 @@ def super_resolve(
         pixel_counts=_summed([result.pixel_counts for result in results]),
         encoded_size=(len(lr), lr.shape[-2], lr.shape[-1]),
         mlp_flops=sum(result.mlp_flops for result in results),
+        encoder_passes=results[0].encoder_passes,
     )
 
 
@@ -141,12 +152,13 @@ def _one_image(
 ) -> SRResult:
     lr_size = (lr.shape[-2], lr.shape[-1])
     grid = PixelGrid.build(lr_size, size, lr.device)
-    sr = lr.new_empty(1, 3, *size)
     classes = torch.empty(1, *size, dtype=torch.uint8, device=lr.device)
-    runs: Iterable[Tensor] = engine.encode_rows(lr)
-    flops = 0
+    runs = engine.encode_rows(lr)
+    flops, passes = 0, 1
     if routing.is_global:
-        runs, flops = _route_globally(engine, lr, grid, routing, log_costs, classes)
+        kept, flops = _route_globally(engine, lr, grid, routing, log_costs, classes)
+        runs, passes = (engine.encode_rows(lr), 2) if kept is None else (kept.runs(), 1)
+    sr = lr.new_empty(1, 3, *size)
     refiner = RefineRows() if refinement else None
     counts = []
     first = done = 0
@@ -165,7 +177,7 @@ def _one_image(
             ready = refiner.push(out.sr, classes[:, rows], last=first == lr_size[0])
         sr[:, :, done : done + ready.shape[2]] = ready
         done += ready.shape[2]
-    return SRResult(sr, classes, _summed(counts), (1, *lr_size), flops)
+    return SRResult(sr, classes, _summed(counts), (1, *lr_size), flops, passes)
 
 
 def _route_globally(
@@ -175,22 +187,50 @@ def _route_globally(
     routing: Routing,
     log_costs: Sequence[float],
     classes: Tensor,
-) -> tuple[Iterable[Tensor], int]:
-    """Fill `classes` (1, H, W); the features again, kept or to be computed, and the FLOPs."""
-    kept: list[Tensor] | None = []
-    kept_bytes = flops = first = 0
-    parts = []
+) -> tuple["_KeptFeatures | None", int]:
+    """Fill `classes` (1, H, W); the features where they were kept, and the classifier's FLOPs."""
+    kept = whole = None
+    flops = first = 0
     for feat in engine.encode_rows(lr):
-        part, _ = grid.part(first, first + feat.shape[2])
+        part, rows = grid.part(first, first + feat.shape[2])
         first += feat.shape[2]
         margins, classifier_flops = engine.classify(feat, part)
-        parts.append(margins)
+        if whole is None:
+            whole = margins.new_empty(*margins.shape[:2], *grid.out_size)
+            if feat[0, :, 0].nbytes * lr.shape[2] <= KEPT_FEATURES_BYTES:
+                kept = _KeptFeatures(feat, lr.shape[2])
+        whole[:, :, rows] = margins
         flops += classifier_flops
-        kept_bytes += feat.nbytes
         if kept is not None:
-            kept = [*kept, feat] if kept_bytes <= KEPT_FEATURES_BYTES else None
-    classes.copy_(routing.classes(torch.cat(parts, dim=2), log_costs))
-    return (engine.encode_rows(lr) if kept is None else kept), flops
+            kept.add(feat)
+    assert whole is not None
+    classes.copy_(routing.classes(whole, log_costs))
+    return kept, flops
+
+
+class _KeptFeatures:
+    """An image's features in one block of memory: many small ones would leave holes between them.
+
+    Args:
+        like: the first run of rows (1, C, r, w).
+        height: of the LR image.
+    """
+
+    def __init__(self, like: Tensor, height: int) -> None:
+        _, channels, _, width = like.shape
+        self._rows = like.new_empty(1, height, width, channels)
+        self._ends = [0]
+
+    def add(self, feat_1Crw: Tensor) -> None:
+        """Keep the next run of rows."""
+        start = self._ends[-1]
+        self._ends.append(start + feat_1Crw.shape[2])
+        self._rows[:, start : self._ends[-1]] = feat_1Crw.permute(0, 2, 3, 1)
+
+    def runs(self) -> Iterator[Tensor]:
+        """The runs as they came."""
+        for start, end in pairwise(self._ends):
+            yield self._rows[:, start:end].permute(0, 3, 1, 2)
 
 
 def _summed(counts: Sequence[Sequence[int]]) -> list[int]:

@@ -7,7 +7,7 @@ Axes: B patches (or tiles) of *one* image, M upsamplers, H W output.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -43,7 +43,8 @@ class Routing(Protocol):
         """Index of each pixel's upsampler.
 
         Args:
-            logits_BMHW: the classifier's output, any float dtype; of one whole image where the
+            margins_BKHW: the classifier's logits relative to the lightest upsampler's, K = M - 1
+                (:func:`relative_to_lightest`), any float dtype; of one whole image where the
                 policy is global.
             log_costs_M: natural logarithms of the upsamplers' relative costs.
 
@@ -125,42 +126,50 @@ class AdaptiveRouting:
             raise UserError(
                 f"--adaptive works with 2 upsamplers and this model has {len(log_costs_M)}: use --k"
             )
-        scores = scale_scores(torch.sigmoid(margins_BKHW[:, 0].float()))
-        return (scores > adaptive_threshold(scores)).to(torch.uint8)
+        scores = HeavyScores(margins_BKHW)
+        threshold = lloyd_threshold(*scores.histogram().cpu().numpy())
+        classes = _all_light(margins_BKHW)
+        for chunk, of_chunk in zip(classes.view(-1).split(_CHUNK_PIXELS), scores, strict=True):
+            chunk.copy_(of_chunk > threshold)
+        return classes
 
     def describe(self) -> str:
         return "adaptive (ADM)"
 
 
-def scale_scores(p_heavy: Tensor) -> Tensor:
-    """Min-max scaling of a whole image's probabilities to [0, 1]; a constant image becomes 0."""
-    low, high = torch.aminmax(p_heavy)
-    return (p_heavy - low) / (high - low).clamp_min(torch.finfo(p_heavy.dtype).tiny)
+class HeavyScores:
+    """The heavy upsampler's probability, min-max scaled over the image, in chunks of pixels.
 
-
-def adaptive_threshold(scores: Tensor) -> float:
-    """ADM's threshold: pixels with a score *above* it are heavy.
+    Iterating gives flat float32 tensors in [0, 1], in the order of pixels, so that an image of any
+    size takes a chunk's memory. A constant image has score 0 everywhere.
 
     Args:
-        scores: any shape, float in [0, 1], of a whole image.
+        margins_BKHW: of a whole image, K = 1.
     """
-    return lloyd_threshold(*score_histogram(scores).cpu().numpy())
 
+    def __init__(self, margins_BKHW: Tensor) -> None:
+        self._margins = margins_BKHW[:, 0].reshape(-1)
+        # The sigmoid is monotonic, so the extremes can be found before it.
+        low, high = torch.stack(torch.aminmax(self._margins)).float().sigmoid()
+        self._low = low
+        span = high - low
+        self._span = span.where(span > 0, math.inf)
 
-def score_histogram(scores: Tensor) -> Tensor:
-    """Histogram of scores in [0, 1]: (2, bins) float64, each bin's count and its scores' sum.
+    def __iter__(self) -> Iterator[Tensor]:
+        for chunk in self._margins.split(_CHUNK_PIXELS):
+            yield chunk.float().sigmoid().sub_(self._low).div_(self._span).clamp_(0, 1)
 
-    Histograms of an image's tiles add up to the image's. One pass in constant memory, without
-    waiting for the device.
-    """
-    histogram = torch.zeros(2, _SCORE_BINS, dtype=torch.float64, device=scores.device)
-    one = histogram.new_ones(())
-    for chunk in scores.flatten().split(_CHUNK_PIXELS):
-        # Clamped: 1.0 belongs to the last bin, and NaN must not become an index out of range.
-        bins = (chunk * _SCORE_BINS).to(torch.int32).clamp_(0, _SCORE_BINS - 1)
-        histogram[0].index_add_(0, bins, one.expand(len(bins)))
-        histogram[1].index_add_(0, bins, chunk.double())
-    return histogram
+    def histogram(self) -> Tensor:
+        """(2, bins) float64: each bin's count and its scores' sum; the device is not waited for."""
+        like = self._low
+        histogram = torch.zeros(2, _SCORE_BINS, dtype=torch.float64, device=like.device)
+        one = histogram.new_ones(())
+        for chunk in self:
+            # Clamped: 1.0 belongs to the last bin, and NaN must not become an index out of range.
+            bins = (chunk * _SCORE_BINS).to(torch.int32).clamp_(0, _SCORE_BINS - 1)
+            histogram[0].index_add_(0, bins, one.expand(len(bins)))
+            histogram[1].index_add_(0, bins, chunk.double())
+        return histogram
 
 
 def lloyd_threshold(counts: NDArray[np.float64], sums: NDArray[np.float64]) -> float:

@@ -58,7 +58,7 @@ def check_equal(model: PCSR, lr: torch.Tensor, size: tuple[int, int], routing: R
     """Both engines: same classes, counts and picture."""
     log_costs = PcsrCost.of(model).log_costs((lr.shape[-2], lr.shape[-1]), size)
     # Small blocks, so that these small images have many.
-    fast_engine = FastEngine(model, block_px=40, chunk_px=60, run_px=30)
+    fast_engine = FastEngine(model, block_px=40, chunk_px=60, run_px=15)
     results = [
         super_resolve(engine, lr, size, routing, log_costs)
         for engine in (ReferenceEngine(model), fast_engine)
@@ -166,3 +166,16 @@ def test_optimized_original_is_the_original(backbone: str) -> None:
     lr = torch.rand(2, 3, 9, 7)
     with torch.inference_mode():
         torch.testing.assert_close(OptimizedOriginal(model)(lr), model(lr), rtol=0, atol=1e-5)
+
+
+def test_features_that_do_not_fit_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("carn")
+    lr = torch.rand(1, 3, 30, 7)
+    log_costs = PcsrCost.of(model).log_costs((30, 7), (120, 28))
+    engine = FastEngine(model, run_px=15)
+    kept = super_resolve(engine, lr, (120, 28), AdaptiveRouting(), log_costs)
+    monkeypatch.setattr("models.inference.KEPT_FEATURES_BYTES", 1000)
+    again = super_resolve(engine, lr, (120, 28), AdaptiveRouting(), log_costs)
+    assert (kept.encoder_passes, again.encoder_passes) == (1, 2)
+    assert torch.equal(kept.sr, again.sr)
+    assert 0 < again.pixel_counts[1] < 120 * 28

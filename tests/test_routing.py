@@ -11,11 +11,11 @@ from torch import Tensor
 from models.routing import (
     AdaptiveRouting,
     FixedRouting,
+    HeavyScores,
     KRouting,
     Routing,
-    adaptive_threshold,
+    lloyd_threshold,
     relative_to_lightest,
-    scale_scores,
 )
 from utils.errors import UserError
 
@@ -80,7 +80,7 @@ def test_adaptive_is_the_published_clustering() -> None:
     generator = torch.Generator().manual_seed(0)
     for pixels, spread, offset in [(7, 1, 0), (500, 3, 0), (70_000, 1, 4), (70_000, 6, -3)]:
         margin = offset + spread * torch.randn(1, 1, pixels, generator=generator)
-        scores = scale_scores(torch.sigmoid(margin)).view(-1, 1)
+        scores = next(iter(HeavyScores(margin[:, None]))).view(-1, 1)
         clusterer = kmeans.KMeans(n_clusters=2, mode="euclidean", max_iter=20)
         labels = clusterer.fit_predict(scores, centroids=torch.tensor([[0.5]]))
         expected = labels != labels[scores.argmin()]
@@ -111,7 +111,8 @@ def test_adaptive_without_spread_is_light(size: tuple[int, int], value: float) -
 
 
 def test_adaptive_separates_two_values() -> None:
-    assert 0 < adaptive_threshold(torch.tensor([0.0, 1.0, 0.0])) < 1
+    scores = HeavyScores(torch.tensor([-1.0, 3.0, -1.0]).view(1, 1, 1, 3))
+    assert 0 < lloyd_threshold(*scores.histogram().numpy()) < 1
 
 
 def test_adaptive_is_for_two_upsamplers() -> None:
