@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.registry import nearest
+from utils.typed import conform
 
 # Mean of DIV2K, which CARN and RCAN were published with.
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
@@ -32,10 +34,14 @@ class DataNorm(nn.Module):
         super().__init__()
         values = {"mean": list(default_mean), "std": [1.0, 1.0, 1.0], **(data_norm or {})}
         for name, value in values.items():
-            numbers = isinstance(value, (list, tuple)) and len(value) == 3
-            if name not in ("mean", "std") or not numbers:
-                raise UserError(f"config: `data_norm.{name}`: mean and std take three numbers each")
-            self.register_buffer(name, torch.tensor([float(v) for v in value]).view(1, 3, 1, 1))
+            if name not in ("mean", "std"):
+                raise UserError(
+                    f"config: unknown key `data_norm.{name}`{nearest(name, ('mean', 'std'))}"
+                )
+            numbers = conform(value, list[float], f"data_norm.{name}")
+            if len(numbers) != 3:
+                raise UserError(f"config: `data_norm.{name}` takes three numbers, R, G and B")
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.float32).view(1, 3, 1, 1))
         if not bool((self.std > 0).all()):
             raise UserError("config: `data_norm.std` must be positive")
 

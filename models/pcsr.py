@@ -42,7 +42,7 @@ class PCSR(nn.Module):
         data_norm: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if (classifier is None) != (len(upsamplers) == 1):
+        if not upsamplers or (classifier is None) != (len(upsamplers) == 1):
             raise UserError("PCSR: a classifier goes with two or more upsamplers, none with one")
         self.norm = DataNorm(data_norm, encoder.default_mean)
         self.encoder = encoder
@@ -107,16 +107,41 @@ def _light_names(count: int) -> list[str]:
 
 
 def _make_encoder(spec: Mapping[str, Any]) -> SRNetwork:
-    encoder = MODELS.make(spec, "model.args.encoder_spec")
+    # Normalisation is the whole model's affair, so a backbone takes none.
+    encoder = MODELS.make(spec, "encoder_spec", data_norm=None)
     if not isinstance(encoder, SRNetwork) or not encoder.no_upsampling:
         raise UserError(
-            "config: `model.args.encoder_spec` must name a backbone with `no_upsampling: true`"
+            f"config: `encoder_spec` must name a backbone with `no_upsampling: true`, "
+            f"not `{spec['name']}`"
         )
     return encoder
 
 
 def _make_sampler(spec: Mapping[str, Any], where: str, in_dim: int, out_dim: int) -> LIIFSampler:
-    return MODELS.make(spec, f"model.args.{where}", in_dim=in_dim, out_dim=out_dim)
+    sampler = MODELS.make(spec, where, in_dim=in_dim, out_dim=out_dim)
+    if not isinstance(sampler, LIIFSampler):
+        raise UserError(f"config: `{where}` must name `liif-sampler`, not `{spec['name']}`")
+    return sampler
+
+
+def _assemble(
+    encoder_spec: Mapping[str, Any],
+    upsampler_specs: Mapping[str, Mapping[str, Any]],
+    classifier_spec: Mapping[str, Any] | None,
+    data_norm: Mapping[str, Any] | None,
+) -> PCSR:
+    """Build the parts; `upsampler_specs` by where they stand in the config, light to heavy."""
+    encoder = _make_encoder(encoder_spec)
+    upsamplers = [
+        _make_sampler(spec, where, encoder.out_dim, 3) for where, spec in upsampler_specs.items()
+    ]
+    classifier = None
+    if classifier_spec is not None:
+        classifier = _make_sampler(
+            classifier_spec, "classifier_spec", encoder.out_dim, max(1, len(upsamplers))
+        )
+    model = PCSR(encoder=encoder, upsamplers=upsamplers, classifier=classifier, data_norm=data_norm)
+    return model if classifier is None else model.freeze_phase0()
 
 
 @MODELS.register("pcsr")
@@ -136,18 +161,8 @@ def make_pcsr(
         classifier_spec: the classifier; left out where there is one upsampler.
         data_norm: ``{mean, std}``; default the backbone's.
     """
-    encoder = _make_encoder(encoder_spec)
-    upsamplers = [
-        _make_sampler(spec, f"upsampler_specs.{i}", encoder.out_dim, 3)
-        for i, spec in enumerate(upsampler_specs)
-    ]
-    classifier = None
-    if classifier_spec is not None:
-        classifier = _make_sampler(
-            classifier_spec, "classifier_spec", encoder.out_dim, len(upsamplers)
-        )
-    model = PCSR(encoder=encoder, upsamplers=upsamplers, classifier=classifier, data_norm=data_norm)
-    return model if classifier is None else model.freeze_phase0()
+    specs = {f"upsampler_specs.{i}": spec for i, spec in enumerate(upsampler_specs)}
+    return _assemble(encoder_spec, specs, classifier_spec, data_norm)
 
 
 @MODELS.register("pcsr-phase0")
@@ -158,9 +173,7 @@ def make_phase0(
     data_norm: Mapping[str, Any] | None = None,
 ) -> PCSR:
     """Backbone and heaviest upsampler, all of it trained."""
-    return make_pcsr(
-        encoder_spec=encoder_spec, upsampler_specs=[heavy_sampler_spec], data_norm=data_norm
-    )
+    return _assemble(encoder_spec, {"heavy_sampler_spec": heavy_sampler_spec}, None, data_norm)
 
 
 @MODELS.register("pcsr-phase1")
@@ -173,9 +186,5 @@ def make_phase1(
     data_norm: Mapping[str, Any] | None = None,
 ) -> PCSR:
     """The published two-upsampler model: phase 0's part frozen, light upsampler and classifier."""
-    return make_pcsr(
-        encoder_spec=encoder_spec,
-        upsampler_specs=[light_sampler_spec, heavy_sampler_spec],
-        classifier_spec=classifier_spec,
-        data_norm=data_norm,
-    )
+    specs = {"light_sampler_spec": light_sampler_spec, "heavy_sampler_spec": heavy_sampler_spec}
+    return _assemble(encoder_spec, specs, classifier_spec, data_norm)

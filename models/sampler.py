@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from models.grid import PixelGrid
 from models.registry import MODELS
+from utils.errors import UserError
 
 
 @MODELS.register("mlp")
@@ -60,6 +61,8 @@ class LIIFSampler(nn.Module):
         self.in_dim = in_dim
         self.out_dim = out_dim
         self.imnet: MLP = MODELS.make(imnet_spec, "imnet_spec", in_dim=in_dim + 4, out_dim=out_dim)
+        if not isinstance(self.imnet, MLP):
+            raise UserError(f"config: `imnet_spec` must name `mlp`, not `{imnet_spec['name']}`")
 
     def forward(self, feat_BChw: Tensor, grid: PixelGrid, pixels_Q: Tensor | None = None) -> Tensor:
         """The straightforward formulation, pixel by pixel: the oracle for :meth:`dense`.

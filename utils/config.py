@@ -3,14 +3,15 @@
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from utils.errors import UserError
 from utils.registry import nearest
+from utils.typed import conform
 
 
 class _Loader(yaml.SafeLoader):
@@ -18,11 +19,14 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Build a mapping; a key given twice is an error, not an override."""
-        seen: set[Any] = set()
+        seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            # Compared as written: values that a `<<` merges in may be overridden.
+            key = key_node.value
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"config: a key must be a plain word (line {line})")
             if key in seen:
-                line = key_node.start_mark.line + 1
                 raise UserError(f"config: key `{key}` is given twice (line {line})")
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -73,6 +77,7 @@ class Config:
         init: phase 1's starting weights; None for the phase 0 config's.
         precision: "fp32" or "bf16" (autocast) arithmetic in training.
         channels_last: memory layout of the convolutions in training.
+        microbatches: on the CPU, pieces that a batch is cut into, one thread each; None for 4.
         raw: the whole config as read, overrides applied.
     """
 
@@ -100,6 +105,7 @@ class Config:
     init: str | None = None
     precision: str = "fp32"
     channels_last: bool = False
+    microbatches: int | None = None
     raw: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,7 +114,15 @@ _CHOICES = {
     "psnr_type": ("rgb", "y"),
     "precision": ("fp32", "bf16"),
 }
-_AT_LEAST_ONE = ("patch_size", "step", "iter_print", "batch_size", "iter_save", "scale")
+_AT_LEAST_ONE = (
+    "patch_size",
+    "step",
+    "iter_print",
+    "batch_size",
+    "iter_save",
+    "scale",
+    "microbatches",
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -124,8 +138,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config: cannot read {path}: {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"config: {path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"config: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config: {path} is no UTF-8 text file") from error
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"config: {path} must hold a mapping of keys")
@@ -136,7 +154,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def check_config(raw: Mapping[str, Any], name: str) -> Config:
     """Turn a plain mapping into a :class:`Config`; see :func:`load_config` for what it raises."""
-    if "model" not in raw:
+    if raw.get("model") is None:
         raise UserError("config: key `model` is missing")
     values = _check_keys(raw, Config, "", skip=("name", "raw"))
     return Config(name=name, raw=copy.deepcopy(dict(raw)), **values)
@@ -175,57 +193,32 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _check_keys(raw: Mapping[str, Any], cls: type, where: str, skip: Sequence[str] = ()) -> dict:
-    known = {f.name: f for f in fields(cls) if f.name not in skip}
+    known = {name: kind for name, kind in get_type_hints(cls).items() if name not in skip}
     values = {}
     for key, value in raw.items():
         if key not in known:
             raise UserError(f"config: unknown key `{where}{key}`{nearest(key, known)}")
         if value is not None:
-            values[key] = _check_value(known[key].type, value, f"{where}{key}", key)
+            values[key] = _check_value(known[key], value, f"{where}{key}", key)
     return values
 
 
 def _check_value(kind: Any, value: Any, where: str, key: str) -> Any:
-    checked = _convert(str(kind), value, where)
+    if DataConfig in get_args(kind):
+        return _data_config(value, where)
+    checked = conform(value, kind, where)
     if key in _CHOICES and checked not in _CHOICES[key]:
         choices = ", ".join(str(c) for c in _CHOICES[key])
         raise UserError(f"config: `{where}` must be one of {choices}, not {value!r}")
-    if key in _AT_LEAST_ONE and checked < 1:
-        raise UserError(f"config: `{where}` must be at least 1, not {value!r}")
+    lowest = 1 if key in _AT_LEAST_ONE else 0
+    if isinstance(checked, (int, float)) and checked < lowest:
+        raise UserError(f"config: `{where}` must be {lowest} or more, not {value!r}")
     return checked
 
 
-def _convert(kind: str, value: Any, where: str) -> Any:
-    if "DataConfig" in kind:
-        return _data_config(value, where)
-    if "dict" in kind:
-        return _expect(isinstance(value, dict), value, where, "a mapping")
-    if "list" in kind:
-        numbers = isinstance(value, list) and all(_is_number(v) for v in value)
-        return _expect(numbers, value, where, "a list of numbers")
-    if "bool" in kind:
-        return _expect(isinstance(value, bool), value, where, "true or false")
-    if "str" in kind:
-        return _expect(isinstance(value, str), value, where, "text")
-    if "float" in kind:
-        return float(_expect(_is_number(value), value, where, "a number"))
-    whole = _is_number(value) and float(value).is_integer()
-    return int(_expect(whole and value >= 0, value, where, "a whole number"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def _expect(good: bool, value: Any, where: str, what: str) -> Any:
-    if not good:
-        raise UserError(f"config: `{where}` must be {what}, not {value!r}")
-    return value
-
-
 def _data_config(value: Any, where: str) -> DataConfig:
-    _expect(isinstance(value, dict), value, where, "a mapping with `dataset` and `wrapper`")
+    conform(value, dict, where)
     for key in ("dataset", "wrapper"):
-        if key not in value:
+        if value.get(key) is None:
             raise UserError(f"config: `{where}.{key}` is missing")
     return DataConfig(**_check_keys(value, DataConfig, f"{where}."))

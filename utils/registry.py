@@ -2,10 +2,16 @@
 
 import difflib
 import inspect
+import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from utils.errors import UserError
+from utils.typed import conform
+
+# Where the spec that is being built stands in the config; builders build specs inside theirs.
+_outer: ContextVar[str | None] = ContextVar("outer", default=None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -54,7 +60,8 @@ class Registry:
         Args:
             spec: ``{name, args}``; `args` may be absent. Only these two keys are read; others are
                 refused, except `sd` (a checkpoint's state dict, which its loader handles).
-            where: path of the spec inside the config, for messages.
+            where: path of the spec inside the config, for messages; inside a builder, from the
+                arguments of the spec that it builds.
             runtime: arguments that the program adds; those that the builder does not take are
                 left out. They are not part of the config.
 
@@ -63,7 +70,33 @@ class Registry:
                 argument, or arguments that the builder cannot work with.
         """
         where = where or self.kind
+        if (outer := _outer.get()) is not None:
+            where = f"{outer}.args.{where}"
         builder = self._builders[self._checked_name(spec, where)]
+        args = self._checked_args(spec, where, builder, runtime)
+        parameters = inspect.signature(builder).parameters
+        extra = {name: value for name, value in runtime.items() if name in parameters}
+        token = _outer.set(where)
+        try:
+            return builder(**args, **extra)
+        except UserError:
+            raise
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(
+                f"config: `{where}`: {self.kind} `{spec['name']}` cannot be built from {args}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        finally:
+            _outer.reset(token)
+
+    def _checked_args(
+        self,
+        spec: Mapping[str, Any],
+        where: str,
+        builder: Callable[..., Any],
+        runtime: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The spec's arguments, each of the type that the builder declares."""
         args = dict(spec.get("args") or {})
         parameters = inspect.signature(builder).parameters
         allowed = [name for name in parameters if name not in runtime]
@@ -77,16 +110,11 @@ class Registry:
             required = parameter.default is inspect.Parameter.empty
             if required and name not in args and name not in runtime:
                 raise UserError(f"config: `{where}.args.{name}` is missing")
-        extra = {name: value for name, value in runtime.items() if name in parameters}
-        try:
-            return builder(**args, **extra)
-        except UserError:
-            raise
-        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(
-                f"config: `{where}`: {self.kind} `{spec['name']}` cannot be built from {args}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        kinds = typing.get_type_hints(builder.__init__ if inspect.isclass(builder) else builder)
+        return {
+            key: conform(value, kinds.get(key, Any), f"{where}.args.{key}")
+            for key, value in args.items()
+        }
 
     def _checked_name(self, spec: Any, where: str) -> str:
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):

@@ -89,6 +89,17 @@ class SRNetwork(nn.Module):
         return self.norm.denormalise(self.reconstruct(self.features(x), x))
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse numbers of channels or blocks below 1.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"config: a backbone's `{name}` must be 1 or more, not {size}")
+
+
 def conv3x3(in_dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:
     """3x3 convolution that keeps the size."""
     return nn.Conv2d(in_dim, out_dim, 3, padding=1, groups=groups)

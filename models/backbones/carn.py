@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.backbones.base import SRNetwork, conv3x3, shuffle_steps
+from models.backbones.base import SRNetwork, check_sizes, conv3x3, shuffle_steps
 from models.backbones.carn_fused import FusedCarn
 from models.fuse import fused_copy
 from models.normalise import DIV2K_MEAN
@@ -106,7 +106,7 @@ class CARN(SRNetwork):
     default_mean = DIV2K_MEAN
     # entry 1; three blocks of three steps of two 3x3 convolutions.
     receptive_radius_px = 1 + 3 * 3 * 2
-    tail_radius_px = 3
+    tail_radius_px = 2
 
     def __init__(
         self,
@@ -118,6 +118,7 @@ class CARN(SRNetwork):
         data_norm: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(scale=scale, no_upsampling=no_upsampling, data_norm=data_norm)
+        check_sizes(nf=nf, group=group)
         if nf % group:
             raise UserError(f"carn: nf {nf} is not a multiple of group {group}")
         self.out_dim = nf

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.backbones.base import SRNetwork
+from models.backbones.base import SRNetwork, check_sizes
 from models.registry import MODELS
 from models.streams import RowStream, sequential_rows
 
@@ -26,8 +26,6 @@ class FSRCNN(SRNetwork):
         data_norm: ``{mean, std}``; default zeros and ones.
     """
 
-    tail_radius_px = 2
-
     def __init__(
         self,
         *,
@@ -39,8 +37,11 @@ class FSRCNN(SRNetwork):
         data_norm: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(scale=upscale, no_upsampling=no_upsampling, data_norm=data_norm)
+        check_sizes(d=d, s=s, m=m)
         self.out_dim = d
         self.receptive_radius_px = 2 + m
+        # 9 taps reach 4 output pixels far, less the offset of the grid: one LR pixel at x3 and x4.
+        self.tail_radius_px = 2 if upscale == 2 else 1
         self.head_conv = nn.Sequential(nn.Conv2d(3, d, 5, padding=2), nn.PReLU())
         self.body_conv = nn.Sequential(
             nn.Sequential(nn.Conv2d(d, s, 1), nn.PReLU()),

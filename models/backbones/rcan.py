@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.backbones.base import SRNetwork, conv3x3, shuffle_steps
+from models.backbones.base import SRNetwork, check_sizes, conv3x3, shuffle_steps
 from models.normalise import DIV2K_MEAN
 from models.registry import MODELS
 from utils.errors import UserError
@@ -68,7 +68,7 @@ class RCAN(SRNetwork):
     """
 
     default_mean = DIV2K_MEAN
-    tail_radius_px = 3
+    tail_radius_px = 2
     pools_globally = True
 
     def __init__(
@@ -83,6 +83,7 @@ class RCAN(SRNetwork):
         data_norm: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(scale=scale, no_upsampling=no_upsampling, data_norm=data_norm)
+        check_sizes(nf=nf, ng=ng, nb=nb)
         if not 1 <= reduction <= nf:
             raise UserError(f"rcan: reduction {reduction} must lie between 1 and nf = {nf}")
         self.out_dim = nf

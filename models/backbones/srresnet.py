@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbones.base import SRNetwork, conv3x3, shuffle_steps
+from models.backbones.base import SRNetwork, check_sizes, conv3x3, shuffle_steps
 from models.registry import MODELS
 from models.streams import ChainRows, ConvRows, PointwiseRows, ResidualRows, RowStream
 
@@ -53,7 +53,7 @@ class SRResNet(SRNetwork):
         data_norm: ``{mean, std}``; default zeros and ones.
     """
 
-    tail_radius_px = 3
+    tail_radius_px = 2
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class SRResNet(SRNetwork):
         data_norm: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(scale=upscale, no_upsampling=no_upsampling, data_norm=data_norm)
+        check_sizes(nf=nf, nb=nb)
         self.out_dim = nf
         self.receptive_radius_px = 1 + 2 * nb
         self.conv_first = conv3x3(3, nf)
