@@ -36,3 +36,10 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what a killed process left of writing `path`; no one may be writing it now."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+        temporary.unlink(missing_ok=True)

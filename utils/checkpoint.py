@@ -4,8 +4,9 @@ Format: ``{model: {name, args, sd}, optimizer: {...}, lr_scheduler: {...}, iter}
 hold `model` and `iter`. Published checkpoints of the same format load as they are.
 """
 
+import io
 import pickle
-import zipfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 import models
 from utils.atomic import replace_file
 from utils.errors import UserError
-from utils.registry import nearest
 
 LAST_NAME = "iter_last.pth"
 RELEASE_NAME = "release.pth"
@@ -48,25 +48,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: missing, damaged, holding Python objects, or not a checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise UserError(f"checkpoint {path} is a folder: name the .pth file in it")
+    if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Said of files that are refused anyway; the error that follows is the one to read.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "allowlist" in str(error):
-            raise UserError(
-                f"checkpoint {path} refused: it holds Python objects, which could run code on "
-                f"loading; only tensors and plain values are accepted"
-            ) from error
-        raise UserError(f"checkpoint {path} is damaged or not a checkpoint") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        what = "it holds" if "GLOBAL" in str(error) else "it is damaged, or holds"
+        raise UserError(
+            f"checkpoint {path} refused: {what} Python objects, which could run code on loading; "
+            f"only tensors and plain values are accepted"
+        ) from error
+    except PermissionError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    except Exception as error:
+        # The restricted unpickler meets arbitrary bytes: IndexError, OSError, TypeError,
+        # struct.error, RuntimeError and others all mean the same.
         raise UserError(
             f"checkpoint {path} is damaged or not a checkpoint ({_first_line(error)})"
         ) from error
-    except Exception as error:
-        # The restricted unpickler meets arbitrary bytes: IndexError, AttributeError, TypeError,
-        # struct.error and others all mean the same.
-        raise UserError(f"checkpoint {path} is damaged or not a checkpoint") from error
     return _as_checkpoint(content, path)
 
 
@@ -117,6 +121,19 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     model.load_state_dict(state, strict=False)
 
 
+def load_phase0(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load backbone and heaviest upsampler of a PCSR model; the others keep what they have.
+
+    Raises:
+        UserError: as :func:`load_weights`.
+    """
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    fresh = ("light_sampler", "classifier.")
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(fresh)}
+    fixed = {k: v for k, v in state.items() if not k.startswith(fresh)}
+    load_weights(model, {**own, **fixed}, source)
+
+
 def check_same_model(config_spec: Mapping[str, Any], spec: Mapping[str, Any], path: Path) -> None:
     """Refuse a checkpoint whose model is not the config's.
 
@@ -148,23 +165,37 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file is untouched.
     """
+    # Through memory: torch.save reports a full disk as "unexpected pos 832 vs 726".
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
     try:
         with replace_file(path) as temporary:
-            torch.save(dict(content), temporary)
-    except (OSError, RuntimeError) as error:
+            temporary.write_bytes(buffer.getbuffer())
+    except OSError as error:
         kept = "the one before is kept" if path.is_file() else "nothing was written"
-        raise UserError(f"cannot save {path}: {_first_line(error)}; {kept}") from error
+        raise UserError(f"cannot save {path}: {error.strerror or error}; {kept}") from error
 
 
 def _as_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     if isinstance(content, dict):
         model = content.get("model")
-        if isinstance(model, dict) and isinstance(model.get("sd"), dict):
-            return content
-        if content and all(isinstance(value, Tensor) for value in content.values()):
+        if isinstance(model, dict) and _is_state_dict(model.get("sd")):
+            if isinstance(model.get("name", ""), str) and isinstance(model.get("args", {}), dict):
+                return content
+        elif _is_state_dict(content):
             return {"model": {"sd": content}}
-    hint = nearest("model", content) if isinstance(content, dict) else ""
-    raise UserError(f"checkpoint {path} is not one of this format: no `model` with `sd`{hint}")
+    raise UserError(
+        f"checkpoint {path} is not one of this format: it has no `model` with `name`, `args` and "
+        f"`sd`, and is no state dict"
+    )
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
 
 
 def _full_args(spec: Mapping[str, Any]) -> dict[str, Any]:
