@@ -154,14 +154,21 @@ def to_tensor(rgb: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(samples).div_(largest)
 
 
+_STRIP_ROWS = 256
+
+
 def to_array(image_3HW: torch.Tensor, bit_depth: int = 8) -> np.ndarray:
     """(3, H, W) float in [0, 1] -> (H, W, 3) uint8 or uint16: clamped, then rounded."""
     if bit_depth not in (8, 16):
         raise ValueError(f"bit_depth must be 8 or 16, not {bit_depth}")
-    largest = 2**bit_depth - 1
-    samples = image_3HW.detach().float().clamp(0, 1).mul(largest).round_()
-    dtype = np.uint8 if bit_depth == 8 else np.uint16
-    return np.ascontiguousarray(samples.permute(1, 2, 0).cpu().numpy().astype(dtype))
+    channels, height, width = image_3HW.shape
+    array = np.empty((height, width, channels), np.uint8 if bit_depth == 8 else np.uint16)
+    # In strips: a float copy of an 8K picture would take 0.4 GB.
+    for top in range(0, height, _STRIP_ROWS):
+        strip = image_3HW[:, top : top + _STRIP_ROWS].detach().float().clamp(0, 1)
+        strip = strip.mul_(2**bit_depth - 1).round_()
+        array[top : top + _STRIP_ROWS] = strip.permute(1, 2, 0).cpu().numpy()
+    return array
 
 
 def write_picture(path: str | Path, picture: Picture, exist_ok: bool = True) -> None:

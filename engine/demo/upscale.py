@@ -25,12 +25,12 @@ class Upscaled:
 
     Attributes:
         picture: bit depth, alpha and colour profile as in the input.
-        class_map: (H, W, 3) uint8, the class colours over the picture.
+        class_map: (H, W, 3) uint8, the class colours over the picture; None where not asked for.
         restored: what the network did.
     """
 
     picture: Picture
-    class_map: np.ndarray
+    class_map: np.ndarray | None
     restored: Restored
 
 
@@ -60,7 +60,7 @@ def upscale(
     enlarger: Enlarger,
     *,
     device: torch.device,
-    opacity: float,
+    opacity: float | None,
 ) -> Upscaled:
     """Enlarge `picture` to `size` (H, W).
 
@@ -68,7 +68,7 @@ def upscale(
     so that edges get no fringe. A gray picture stays gray.
 
     Args:
-        opacity: of the picture under the class colours.
+        opacity: of the picture under the class colours; None for no class map.
     """
     lr = to_tensor(picture.rgb)
     alpha_HW = None
@@ -87,9 +87,10 @@ def upscale(
         alpha=None if alpha_HW is None else _from_plane(alpha_HW, depth),
         icc_profile=picture.icc_profile,
     )
-    class_map = blend_classes(
-        to_array(sr), restored.classes.cpu().numpy(), len(restored.shares), opacity
-    )
+    class_map = None
+    if opacity is not None:
+        classes = restored.classes.cpu().numpy()
+        class_map = blend_classes(to_array(sr), classes, len(restored.shares), opacity)
     return Upscaled(enlarged, class_map, restored)
 
 

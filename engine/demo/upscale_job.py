@@ -51,11 +51,11 @@ class UpscaleJob:
                 size,
                 self.setting.enlarger,
                 device=self.setting.device,
-                opacity=self.setting.opacity,
+                opacity=self.setting.opacity if self.class_map else None,
             )
         write_picture(target, result.picture)
         files = [target]
-        if self.class_map:
+        if result.class_map is not None:
             write_picture(map_target, Picture(result.class_map))
             files.append(map_target)
         restored = result.restored
