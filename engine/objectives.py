@@ -22,7 +22,7 @@ class ReconstructionObjective(nn.Module):
     def forward(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         """`lr` (B, 3, h, w), `hr` (B, 3, H, W) in [0, 1]; returns ``{"loss"}``, a scalar."""
         if isinstance(self.model, PCSR):
-            sr = self.model(lr, tuple(hr.shape[-2:]))
+            sr = self.model(lr, (hr.shape[-2], hr.shape[-1]))
         else:
             sr = self.model(lr)
         return {"loss": F.l1_loss(sr.float(), hr)}
@@ -43,7 +43,7 @@ class RoutingObjective(nn.Module):
 
     def forward(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         """Returns ``{"loss", "loss_rgb", "loss_avg", "heavy_share"}``, scalars."""
-        sr, probs_BMHW = self.model.mixture(lr, tuple(hr.shape[-2:]))
+        sr, probs_BMHW = self.model.mixture(lr, (hr.shape[-2], hr.shape[-1]))
         loss_rgb = F.l1_loss(sr.float(), hr)
         load_M = differentiable_sum_over_ranks(probs_BMHW.sum(dim=(0, 2, 3)))
         pixels = probs_BMHW[:, 0].numel()

@@ -1,5 +1,7 @@
 """The one place that chooses a device."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from utils.errors import UserError
@@ -56,7 +58,10 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 def _has_bf16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    # Older releases of torch do not tell.
+    capabilities: Callable[[], Mapping[str, object]] = getattr(
+        torch.cpu, "get_capabilities", lambda: {}
+    )
     return device.type == "cpu" and bool(capabilities().get("amx_bf16"))
 
 
