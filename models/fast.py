@@ -79,7 +79,7 @@ class FastEngine:
             yield self.encode(lr)
             return
         h, w = lr.shape[-2:]
-        step = h if h * w <= 4 * self.run_px else max(1, self.run_px // w)
+        step = self._pushed_rows(h, w)
         for first in range(0, h, step):
             x = self.norm.normalise(lr[:, :, first : first + step]).to(self.dtype)
             rows = stream.push(x.permute(0, 2, 3, 1).contiguous(), last=first + step >= h)
@@ -88,12 +88,16 @@ class FastEngine:
 
     def run_rows(self, lr_size: tuple[int, int]) -> list[int]:
         h, w = lr_size
-        if h * w <= 2 * self.run_px or self.encoder.stream() is None:
+        if self.encoder.stream() is None:
             return [h]
-        step = max(1, self.run_px // w)
+        step = self._pushed_rows(h, w)
         ends = [max(0, last - self.lag_rows) for last in range(step, h, step)]
         rows = [end - start for start, end in itertools.pairwise([0, *ends, h])]
         return [count for count in rows if count]
+
+    def _pushed_rows(self, h: int, w: int) -> int:
+        """Rows that the encoder's stream is given at once."""
+        return h if h * w <= 4 * self.run_px else max(1, self.run_px // w)
 
     def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
         lasts = itertools.accumulate(run_rows)

@@ -119,7 +119,7 @@ def engine_of(name: str, model: PCSR) -> Engine:
     """An engine with small blocks and runs, so that small images have many."""
     if name == "reference":
         return ReferenceEngine(model)
-    return FastEngine(model, block_px=40, chunk_px=60, run_px=30)
+    return FastEngine(model, block_px=40, chunk_px=60, run_px=15)
 
 
 @pytest.mark.parametrize("engine_name", ["fast", "reference"])
