@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
+from engine.budget import OriginalCost
 from engine.evaluate_cli import Subject, is_pcsr, main, make_parser
 from engine.inference_words import add_routing_words, routing_from
 from engine.restore import Patches, PcsrRestorer, load_pcsr
 from utils.cli import positive_float, run
-from utils.config import Config
+from utils.config import Config, load_config
 from utils.errors import UserError
 
 
@@ -26,7 +27,8 @@ def prepare(
     if args.scale < 1:
         raise UserError(f"--scale {args.scale:g}: super-resolution starts at 1")
     model = load_pcsr(weights, device, config)
-    routing = routing_from(args, len(model.upsamplers))
+    original = original_cost(args, config)
+    routing = routing_from(args, len(model.upsamplers), original)
     restorer = PcsrRestorer(
         model,
         routing,
@@ -46,6 +48,14 @@ def prepare(
     )
 
 
+def original_cost(args: argparse.Namespace, config: Config) -> OriginalCost:
+    """The original network that a budget, or a sweep, is compared with."""
+    backbone = config.model["args"]["encoder_spec"]["name"]
+    if args.original_config is None:
+        return OriginalCost(backbone)
+    return OriginalCost.of_config(backbone, load_config(args.original_config))
+
+
 if __name__ == "__main__":
     parser = make_parser(
         "Evaluate a PCSR model: PSNR, SSIM, FLOPs, time and each upsampler's share per image and "
@@ -61,4 +71,11 @@ if __name__ == "__main__":
         help="Any real number from 1 on.",
     )
     add_routing_words(parser)
+    parser.add_argument(
+        "--original_config",
+        type=Path,
+        metavar="YAML",
+        help="Config of the original network that a share is meant of. Default: the published one "
+        "of PCSR's backbone at this scale. Its weights are not needed.",
+    )
     run(lambda: main(parser, prepare))

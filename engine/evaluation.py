@@ -3,6 +3,7 @@
 Axes: h w LR, H W output, M upsamplers.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datasets.resize import imresize
-from engine.restore import Restored
+from engine.restore import PcsrRestorer, Restored
 from engine.samples import EvaluationSet
 from utils.errors import UserError
 from utils.machine import Timer
@@ -70,18 +71,11 @@ def evaluate(
     for index in indices:
         sample = images[index]
         lr = sample.lr.to(device)
-        try:
+        with errors_named(sample.name, device):
             if not warm:
                 _warm_up(restore, lr, conventions.patch_size, conventions.scale)
                 warm = True
             restored = restore(lr, sample.size)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"image {sample.name}: not enough memory on {device}; patches (without "
-                f"--per_image) and a smaller --patch_batch_size take less"
-            ) from error
-        except UserError as error:
-            raise UserError(f"image {sample.name}: {error}") from error
         compared: dict[str, Any] = {
             "psnr_type": conventions.psnr_type,
             "border_px": conventions.border_px,
@@ -95,6 +89,20 @@ def evaluate(
             shares=restored.shares,
             time_s=restored.time_s,
         )
+
+
+@contextlib.contextmanager
+def errors_named(name: str, device: torch.device) -> Iterator[None]:
+    """Errors that users can do something about become a UserError with the image's name."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"image {name}: not enough memory on {device}; patches (without --per_image) and a "
+            f"smaller --patch_batch_size take less"
+        ) from error
+    except UserError as error:
+        raise UserError(f"image {name}: {error}") from error
 
 
 def bicubic(lr: Tensor, size: tuple[int, int]) -> Restored:
@@ -124,4 +132,6 @@ def mean_of(figures: Sequence[Figures]) -> Figures:
 def _warm_up(restore: Restore, lr: Tensor, patch_size: int, scale: float) -> None:
     """Run a corner, so that the first image's time does not hold what is done only once."""
     corner = lr[:, :patch_size, :patch_size].contiguous()
-    restore(corner, (round(corner.shape[-2] * scale), round(corner.shape[-1] * scale)))
+    # A budget for images would not suit a corner.
+    run = restore.warm_up if isinstance(restore, PcsrRestorer) else restore
+    run(corner, (round(corner.shape[-2] * scale), round(corner.shape[-1] * scale)))

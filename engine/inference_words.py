@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from engine.budget import Budget, BudgetPlan, OriginalCost
 from engine.restore import ENGINES
 from models.reference import PIXEL_BATCH_SIZE
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
@@ -39,10 +40,9 @@ def add_routing_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--k",
         type=finite_float,
-        default=0.0,
         metavar="NUMBER",
         help="Trade-off: each pixel gets the upsampler with the largest probability / cost^k. "
-        "0 takes the most probable one; the larger, the cheaper; below 0 the better.",
+        "0, the default, takes the most probable one; the larger, the cheaper; below 0 the better.",
     )
     parser.add_argument(
         "--adaptive",
@@ -55,6 +55,14 @@ def add_routing_words(parser: argparse.ArgumentParser) -> None:
         metavar="heavy|light|INDEX",
         help="Send every pixel to one upsampler (INDEX counts from 0, the lightest); --k is then "
         "ignored.",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="SHARE|GFLOPS|TIME",
+        help="What an image may cost: 0.6 of the FLOPs that the original network executes on it, "
+        "60G or 500M executed FLOPs, 250ms or 0.25s on this device. The pixels that want it most "
+        "get the heavier upsampler until the budget is used up.",
     )
     parser.add_argument(
         "--no_refinement",
@@ -83,24 +91,38 @@ def add_routing_words(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def routing_from(args: argparse.Namespace, upsamplers: int = 2) -> Routing:
+def routing_from(
+    args: argparse.Namespace, upsamplers: int, original: OriginalCost
+) -> Routing | BudgetPlan:
     """The routing that the words of :func:`add_routing_words` ask for.
 
     Args:
         upsamplers: how many the model has. A model of one (phase 0) uses it, whatever the words.
+        original: what a budget may be a share of.
 
     Raises:
         UserError: words that exclude each other, or an upsampler that the model does not have.
     """
-    if args.upsampler is not None and args.adaptive:
-        raise UserError("--upsampler and --adaptive contradict each other")
+    check_exclusive(args)
     if args.upsampler is not None and args.upsampler >= upsamplers:
         raise UserError(f"--upsampler {args.upsampler}: the model has {upsamplers}, counted from 0")
     if upsamplers == 1:
         return FixedRouting(_HEAVIEST)
     if args.upsampler is not None:
         return FixedRouting(args.upsampler)
-    return AdaptiveRouting() if args.adaptive else KRouting(args.k)
+    if args.budget is not None:
+        return BudgetPlan(args.budget, original)
+    return AdaptiveRouting() if args.adaptive else KRouting(args.k or 0.0)
+
+
+def check_exclusive(args: argparse.Namespace) -> None:
+    """Refuse two routings at once; only --k may stand beside --adaptive or --upsampler."""
+    words = {"upsampler": args.upsampler, "adaptive": args.adaptive or None, "budget": args.budget}
+    given = [f"--{word}" for word, value in words.items() if value is not None]
+    if args.budget is not None and args.k is not None:
+        given.append("--k")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} contradict each other")
 
 
 def output_file(text: str) -> Path:
@@ -122,3 +144,10 @@ def _upsampler(text: str) -> int:
     if text.isascii() and text.isdigit():
         return int(text)
     raise argparse.ArgumentTypeError(f"expected heavy, light or an index from 0, not `{text}`")
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return Budget.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

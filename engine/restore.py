@@ -3,7 +3,7 @@
 Axes: h w LR, H W output, M upsamplers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import models
+from engine.budget import BudgetPlan
+from models import inference
 from models.backbones.base import SRNetwork
+from models.cost import ImageCost
 from models.fast import CHUNK_PX, FastEngine
+from models.grid import PixelGrid
 from models.inference import (
     PATCH_BATCH_SIZE,
     Engine,
     PatchCanvas,
+    SRResult,
     patch_corners,
     super_resolve,
     super_resolve_patches,
@@ -117,7 +122,7 @@ class PcsrRestorer:
 
     Args:
         model: in eval mode, on its device.
-        routing: which upsampler each pixel gets.
+        routing: which upsampler each pixel gets, or what makes the routing of each image.
         refinement: smooth the borders between regions of different upsamplers.
         pixel_batch_size: at most this many pixels go through an MLP at once.
         patches: work patch by patch; None for whole images.
@@ -129,7 +134,7 @@ class PcsrRestorer:
     def __init__(
         self,
         model: PCSR,
-        routing: Routing | None = None,
+        routing: Routing | BudgetPlan | None = None,
         *,
         refinement: bool = True,
         pixel_batch_size: int = PIXEL_BATCH_SIZE,
@@ -147,30 +152,13 @@ class PcsrRestorer:
     @torch.inference_mode()
     def __call__(self, lr: Tensor, size: tuple[int, int]) -> Restored:
         """`lr` (3, h, w) float RGB in [0, 1] on the model's device to SR of `size` (H, W)."""
-        lr_size = (lr.shape[-2], lr.shape[-1])
-        log_costs = self.cost.log_costs(lr_size, size)
+        # Counts the model once: not on the clock.
+        self.cost.log_costs((lr.shape[-2], lr.shape[-1]), size)
+        routing = self.routing
+        if isinstance(routing, BudgetPlan):
+            routing = routing.routing_for(self, lr, size)
         with Timer(lr.device) as timer:
-            if self.patches is None or max(lr_size) <= self.patches.size:
-                result = super_resolve(
-                    self.engine,
-                    lr[None],
-                    size,
-                    self.routing,
-                    log_costs,
-                    refinement=self.refinement,
-                )
-            else:
-                result = super_resolve_patches(
-                    self.engine,
-                    lr[None],
-                    _common_scale(lr_size, size),
-                    self.routing,
-                    log_costs,
-                    patch_size=self.patches.size,
-                    step=self.patches.step,
-                    patch_batch_size=self.patches.batch_size,
-                    refinement=self.refinement,
-                )
+            result = self.run(lr, size, routing)
         patches, *encoded = result.encoded_size
         encoded_size = (encoded[0], encoded[1])
         counts = result.pixel_counts
@@ -179,9 +167,76 @@ class PcsrRestorer:
             classes=result.classes[0],
             shares=[n / sum(counts) for n in counts],
             flops_paper=self.cost.paper_total(encoded_size, counts, patches=patches),
-            flops_executed=patches * self.cost.encoder_executed(encoded_size) + result.mlp_flops,
+            flops_executed=patches
+            * result.encoder_passes
+            * self.cost.encoder_executed(encoded_size)
+            + result.mlp_flops,
             time_s=timer.elapsed_s,
         )
+
+    @torch.inference_mode()
+    def run(self, lr: Tensor, size: tuple[int, int], routing: Routing) -> SRResult:
+        """The inference alone, with a routing of one's own."""
+        lr_size = (lr.shape[-2], lr.shape[-1])
+        log_costs = self.cost.log_costs(lr_size, size)
+        refinement = self.refinement
+        if self.works_whole(lr_size):
+            return super_resolve(
+                self.engine, lr[None], size, routing, log_costs, refinement=refinement
+            )
+        assert self.patches is not None
+        return super_resolve_patches(
+            self.engine,
+            lr[None],
+            _common_scale(lr_size, size),
+            routing,
+            log_costs,
+            patch_size=self.patches.size,
+            step=self.patches.step,
+            patch_batch_size=self.patches.batch_size,
+            refinement=refinement,
+        )
+
+    def warm_up(self, lr: Tensor, size: tuple[int, int]) -> None:
+        """Do once what is done only once, whatever budget there is for real images."""
+        self.run(lr, size, KRouting(0.0) if isinstance(self.routing, BudgetPlan) else self.routing)
+
+    def image_cost(
+        self, lr_size: tuple[int, int], size: tuple[int, int], *, is_global: bool = True
+    ) -> ImageCost:
+        """Executed FLOPs from an image of (h, w) to (H, W), as a function of its classes.
+
+        Args:
+            is_global: the routing is.
+        """
+        passes = self.encoder_passes(lr_size) if is_global else 1
+        patches, run_rows = 1, self.engine.run_rows(lr_size)
+        if not self.works_whole(lr_size):
+            assert self.patches is not None
+            scale = _common_scale(lr_size, size)
+            corners, lr_size = patch_corners(lr_size, self.patches.size, self.patches.step)
+            size = (round(lr_size[0] * scale), round(lr_size[1] * scale))
+            patches, run_rows = len(corners), [lr_size[0]]
+        cost = self.engine.cost(PixelGrid.build(lr_size, size), run_rows)
+        encoder = passes * self.cost.encoder_executed(lr_size)
+        return ImageCost(replace(cost, fixed=cost.fixed + encoder), patches, lr_size, size)
+
+    def encoder_passes(self, lr_size: tuple[int, int]) -> int:
+        """How often the encoder runs on an image of (h, w) whose pixels are routed together."""
+        values = self.model.encoder.out_dim * lr_size[0] * lr_size[1]
+        is_kept = values * self.engine.dtype.itemsize <= inference.KEPT_FEATURES_BYTES
+        return 1 if is_kept or not self.works_whole(lr_size) else 2
+
+    def tiled_rows(self, rows: int) -> int:
+        """The least number of LR rows, at least `rows`, that can be run on their own."""
+        if self.patches is None or rows <= self.patches.size:
+            return rows if self.patches is None else self.patches.size
+        size, step = self.patches.size, self.patches.step
+        return size + -(-(rows - size) // step) * step
+
+    def works_whole(self, lr_size: tuple[int, int]) -> bool:
+        """Whether an image of (h, w) is run whole, not in patches."""
+        return self.patches is None or max(lr_size) <= self.patches.size
 
 
 def make_engine(

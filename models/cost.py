@@ -36,10 +36,14 @@ class UpsamplingCost:
 
     def total(self, counts_BHM: NDArray[np.int64]) -> float:
         """Cost of an image; `counts_BHM` are its pixels by patch, row and class."""
-        occurs_BSM = np.add.reduceat(counts_BHM, self.strip_starts, axis=1) > 0
+        occurs_BSM = self.occurs(counts_BHM)
         pixels_M = counts_BHM.sum(axis=(0, 1))
         fixed = len(counts_BHM) * self.fixed
         return float(fixed + pixels_M @ np.array(self.pixel) + (occurs_BSM * self.strip).sum())
+
+    def occurs(self, counts_BHM: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which classes occur in which strips: (B, S, M)."""
+        return np.add.reduceat(counts_BHM, self.strip_starts, axis=1) > 0
 
     def uniform(self, upsampler: int, size: tuple[int, int], patches: int = 1) -> float:
         """Cost where all pixels have one upsampler; negative indices count from the heaviest.
@@ -49,6 +53,31 @@ class UpsamplingCost:
         """
         pixels = size[0] * size[1] * self.pixel[upsampler]
         return float(patches * (self.fixed + pixels + self.strip[:, upsampler].sum()))
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """Cost of an image that is worked on whole, or in patches of one size.
+
+    Attributes:
+        cost: of the image, or of each patch.
+        patches: how many; 1 for an image that is worked on whole.
+        lr_size, size: (h, w) and (H, W) of the image, or of a patch.
+    """
+
+    cost: UpsamplingCost
+    patches: int
+    lr_size: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels, those of overlaps once per patch."""
+        return self.patches * self.size[0] * self.size[1]
+
+    def uniform(self, upsampler: int) -> float:
+        """Cost of all patches; see :meth:`UpsamplingCost.uniform`."""
+        return self.cost.uniform(upsampler, self.size, self.patches)
 
 
 def count_rows(classes_BHW: Tensor, upsamplers: int) -> NDArray[np.int64]:

@@ -29,6 +29,7 @@ class ReferenceEngine:
 
     def __init__(self, model: PCSR, *, pixel_batch_size: int = PIXEL_BATCH_SIZE) -> None:
         self.model = model
+        self.dtype = torch.float32
         self.pixel_batch_size = pixel_batch_size
 
     def encode(self, lr: Tensor) -> Tensor:

@@ -1,14 +1,23 @@
 """Budgets: how exactly they are met, in which order pixels are raised, and what is refused."""
 
+import logging
+import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import models
+from engine.budget import Budget, BudgetPlan, OriginalCost
+from engine.inference_words import add_routing_words, routing_from
+from engine.restore import Patches, PcsrRestorer, load_pcsr
+from engine.timing import ImageTimes, PixelTimes, TimedRouting, measure_times
+from models.backbones.base import SRNetwork
 from models.budget import BudgetRouting, raise_order
-from models.cost import UpsamplingCost, count_rows
+from models.cost import ImageCost, UpsamplingCost, count_rows
 from models.fast import FastEngine
 from models.grid import PixelGrid
 from models.inference import Engine, super_resolve, super_resolve_patches
@@ -16,9 +25,12 @@ from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import KRouting
 from tests.test_fast import make_model
+from utils.cli import Parser
+from utils.config import load_config
 from utils.errors import UserError
-from utils.flops import PcsrCost
+from utils.flops import PcsrCost, executed_flops
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 SHARES = (0.0, 0.02, 0.3, 0.77, 1.0)
 
 
@@ -155,3 +167,211 @@ def test_flops_of_patches_count_overlaps(engine_name) -> None:
         routing = BudgetRouting(cost, budget)
         result = super_resolve_patches(engine, lr, 4, routing, log_costs, patch_batch_size=1)
         assert budget * 0.999 < result.mlp_flops <= budget
+
+
+# Budgets as users give them
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit", "words"),
+    [
+        ("0.6", 0.6, "share", "budget 0.6 of the original's executed FLOPs"),
+        ("60G", 60e9, "flops", "budget 60 GFLOPs executed per image"),
+        ("500M", 0.5e9, "flops", "budget 0.5 GFLOPs executed per image"),
+        ("1.5T", 1.5e12, "flops", "budget 1500 GFLOPs executed per image"),
+        ("250ms", 0.25, "seconds", "budget 250 ms per image"),
+        (".25s", 0.25, "seconds", "budget 250 ms per image"),
+    ],
+)
+def test_budgets_are_read(text, amount, unit, words) -> None:
+    budget = Budget.parse(text)
+    assert (budget.amount, budget.unit) == (pytest.approx(amount), unit)
+    assert budget.describe() == words
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "60g", "60 G", "1e3", "nan", "inf", "ms", "5m"])
+def test_bad_budgets_are_refused(text) -> None:
+    with pytest.raises(ValueError, match=r"a share such as 0\.6"):
+        Budget.parse(text)
+
+
+def routing_of(*words: str):
+    """What a command line asks for."""
+    parser = Parser(description="", example="")
+    add_routing_words(parser)
+    return routing_from(parser.parse_args(words), 2, OriginalCost("carn"))
+
+
+def test_words() -> None:
+    plan = routing_of("--budget=60G")
+    assert isinstance(plan, BudgetPlan)
+    assert plan.budget == Budget(60e9, "flops")
+    assert routing_of("--adaptive", "--k=0").describe() == "adaptive (ADM)"
+    assert routing_of().describe() == "k = 0"
+    for other in ("--k=0", "--adaptive", "--upsampler=light"):
+        with pytest.raises(UserError, match="contradict"):
+            routing_of("--budget=0.5", other)
+
+
+class Plan(BudgetPlan):
+    """A budget for these small models, whose original is CARN with 16 channels."""
+
+    def __init__(self, text: str) -> None:
+        original = make_original()
+        super().__init__(Budget.parse(text), OriginalCost("carn", original))
+
+
+def make_original() -> SRNetwork:
+    model = models.make({"name": "carn", "args": {"nf": 16, "scale": 4}})
+    assert isinstance(model, SRNetwork)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("upsamplers", "patches", "kept_bytes"),
+    [(2, None, 10**9), (2, None, 0), (3, None, 10**9), (3, Patches(batch_size=1), 0)],
+    ids=["whole", "encoded-twice", "three", "patches"],
+)
+def test_restored_images_meet_their_budget(upsamplers, patches, kept_bytes, monkeypatch) -> None:
+    monkeypatch.setattr("models.inference.KEPT_FEATURES_BYTES", kept_bytes)
+    lr = torch.rand(3, 60, 32, generator=torch.Generator().manual_seed(0))
+    original = make_original()
+    if patches is None:
+        whole = executed_flops(original, (1, 3, 60, 32))
+    else:
+        whole = 2 * executed_flops(original, (1, 3, 32, 32))
+    model = make_model("carn", upsamplers)
+    image = PcsrRestorer(model, patches=patches).image_cost((60, 32), (240, 128))
+    light, heavy = (image.uniform(index) / whole for index in (0, -1))
+    for position in (0.2, 0.5, 0.9):
+        share = light + position * (heavy - light)
+        restored = PcsrRestorer(model, Plan(f"{share}"), patches=patches)(lr, (240, 128))
+        assert share * 0.995 < restored.flops_executed / whole <= share
+        absolute = PcsrRestorer(model, Plan(f"{share * whole / 1e6}M"), patches=patches)
+        assert absolute(lr, (240, 128)).shares == pytest.approx(restored.shares, abs=1e-3)
+
+
+def test_too_little_names_the_least_and_the_least_is_enough() -> None:
+    model, lr = make_model("carn"), torch.rand(3, 9, 7)
+    for text, unit in (("0.001", ""), ("0.001M", "G")):
+        with pytest.raises(UserError, match="too little") as error:
+            PcsrRestorer(model, Plan(text))(lr, (36, 28))
+        least = str(error.value).rsplit(" ", 1)[1]
+        assert least.endswith(unit)
+        assert PcsrRestorer(model, Plan(least))(lr, (36, 28)).shares == [1.0, 0.0]
+
+
+def test_too_much_is_all_heavy_with_one_warning(caplog) -> None:
+    restorer = PcsrRestorer(make_model("carn"), Plan("60G"))
+    with caplog.at_level(logging.WARNING):
+        results = [restorer(torch.rand(3, 9, 7), (36, 28)) for _ in range(2)]
+    assert [restored.shares for restored in results] == [[0.0, 1.0]] * 2
+    assert len(caplog.records) == 1
+    assert "60G is more than the heaviest upsampler needs" in caplog.text
+
+
+def test_phase_0_has_nothing_to_choose() -> None:
+    parser = Parser(description="", example="")
+    add_routing_words(parser)
+    args = parser.parse_args(["--budget=0.5"])
+    assert routing_from(args, 1, OriginalCost("carn")).describe() == "all-heavy"
+
+
+# The original
+
+
+def test_the_published_original_of_each_backbone(caplog) -> None:
+    for backbone in ("carn", "fsrcnn", "srresnet", "rcan"):
+        config = load_config(CONFIGS / f"{backbone}-x4.yaml")
+        expected = executed_flops(models.make(config.model), (1, 3, 9, 7))
+        assert OriginalCost(backbone).executed((9, 7), (36, 28)) == expected
+    with caplog.at_level(logging.INFO):
+        nearest = OriginalCost("fsrcnn").executed((10, 10), (25, 25))
+    assert nearest == OriginalCost("fsrcnn").executed((10, 10), (30, 30))
+    assert (
+        "no original network exists at x2.5: the budget is a share of fsrcnn at x3" in caplog.text
+    )
+
+
+def test_an_original_of_ones_own() -> None:
+    original = OriginalCost.of_config("carn", load_config(CONFIGS / "tiny-x4.yaml"))
+    assert original.executed((9, 7), (25, 25)) < OriginalCost("fsrcnn").executed((9, 7), (36, 28))
+
+
+def test_originals_that_are_none() -> None:
+    with pytest.raises(UserError, match="--original_config"):
+        OriginalCost("mine").executed((9, 7), (36, 28))
+    with pytest.raises(UserError, match="not of an original network"):
+        OriginalCost.of_config("carn", load_config(CONFIGS / "tiny-pcsr-phase1.yaml"))
+
+
+# Time
+
+
+def test_times_of_pure_and_mixed_classes_are_reproduced() -> None:
+    image = ImageCost(some_cost(7, 3), patches=2, lr_size=(2, 2), size=(7, 5))
+    mixed = count_rows(torch.randint(0, 3, (2, 7, 5), dtype=torch.uint8), 3)
+    pure_s = [1.0, 2.0, 4.0]
+    cost = PixelTimes.fit(image, pure_s, 5.0, mixed).cost(image, fixed_s=0.5)
+    assert [cost.uniform(j, (7, 5), 2) for j in range(3)] == pytest.approx([2.0, 3.0, 5.0])
+    assert cost.total(mixed) == pytest.approx(6.0)
+
+
+def test_time_that_has_passed_is_gone() -> None:
+    margins = torch.randn(1, 1, 20, 20)
+    times = ImageTimes(0.0, UpsamplingCost(0.0, (0.0, 1.0), (0,), np.zeros((1, 2))), 0.0, 400.0)
+    routing = TimedRouting(times, 100.5, "words")
+    assert routing.classes(margins, (-1.0, -0.5)).sum() == 100
+    late = TimedRouting(times, 0.05, "words")
+    time.sleep(0.06)
+    assert not late.classes(margins, (-1.0, -0.5)).any()
+
+
+@pytest.mark.parametrize("patches", [None, Patches(batch_size=1)], ids=["whole", "patches"])
+@pytest.mark.parametrize("upsamplers", [2, 3])
+def test_time_is_measured_once_for_each_size(upsamplers, patches, monkeypatch) -> None:
+    """How well it is met depends on the machine; here only that it is measured and used."""
+    monkeypatch.setattr("engine.timing._LEAST_PX", 700)
+    monkeypatch.setattr("engine.timing._LEAST_S", 0.0)
+    lr, size = torch.rand(3, 88, 32), (352, 128)
+    model = make_model("fsrcnn", upsamplers)
+    times = measure_times(PcsrRestorer(model, patches=patches), lr, size)
+    assert 0 < times.least_s <= times.most_s
+    calls = 0
+
+    def count(*_: object) -> ImageTimes:
+        nonlocal calls
+        calls += 1
+        return times
+
+    monkeypatch.setattr("engine.budget.measure_times", count)
+    restorer = PcsrRestorer(model, Plan("1000s"), patches=patches)
+    assert restorer(lr, size).shares[-1] == 1.0
+    assert restorer(lr, size).shares[-1] == 1.0
+    assert calls == 1
+    with pytest.raises(UserError, match=r"this image takes about [\d.]+ms"):
+        PcsrRestorer(model, Plan("0.001ms"), patches=patches)(lr, size)
+
+
+def test_warming_up_knows_no_budget() -> None:
+    PcsrRestorer(make_model("carn"), Plan("0.0001")).warm_up(torch.rand(3, 9, 7), (36, 28))
+
+
+# Official weights
+
+
+@pytest.mark.golden
+def test_official_weights_meet_budgets(shared) -> None:
+    config = load_config(CONFIGS / "carn-pcsr-phase1.yaml")
+    model = load_pcsr(shared / "published/carn-pcsr-phase1.pth", torch.device("cpu"), config)
+    with np.load(shared / "published/butterfly_crop.npz") as arrays:
+        lr = torch.from_numpy(arrays["lr"])
+    original = OriginalCost("carn")
+    for size in ((192, 160), (125, 101)):
+        whole = original.executed((48, 40), size)
+        image = PcsrRestorer(model).image_cost((48, 40), size)
+        light, heavy = (image.uniform(index) / whole for index in (0, -1))
+        for position in (0.01, 0.1, 0.4, 0.8, 0.99):
+            share = light + position * (heavy - light)
+            restorer = PcsrRestorer(model, BudgetPlan(Budget(share, "share"), original))
+            assert share * 0.995 < restorer(lr, size).flops_executed / whole <= share

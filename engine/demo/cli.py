@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engine.budget import OriginalCost
 from engine.conventions import Conventions
 from engine.demo.compare_job import CompareJob
 from engine.demo.enlarge import Enlarger
@@ -87,7 +88,11 @@ def main(parser: Parser) -> int:
 def _load(args: argparse.Namespace, device: torch.device) -> Subject:
     config = None if args.config is None else Path(args.config)
     pcsr = load_demo_pcsr(args.weights, config, args.overrides, device)
-    routing = routing_from(args, len(pcsr.model.upsamplers))
+    original, about = None, ""
+    if not args.upscale:
+        original, about = _load_original(args, pcsr.backbone, device)
+    original_cost = OriginalCost(pcsr.backbone, original.model if original else None)
+    routing = routing_from(args, len(pcsr.model.upsamplers), original_cost)
     refinement = not args.no_refinement
     restorer = PcsrRestorer(
         pcsr.model,
@@ -112,9 +117,8 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
         "engine": args.engine,
         "precision": args.precision,
     }
-    original, conventions = None, None
+    conventions = None
     if not args.upscale:
-        original, about = _load_original(args, pcsr.backbone, device)
         lines.append(f"original: {about}" if original else f"PCSR runs alone: {about}")
         facts["original"] = about if original else None
         conventions = _conventions(args.scale, routing.describe(), refinement)
@@ -155,7 +159,7 @@ def _warm_up(subject: Subject, device: torch.device) -> None:
     It also shows, before any file is touched, a routing that the model cannot do.
     """
     lr = torch.zeros(3, _WARM_UP_PX, _WARM_UP_PX, device=device)
-    subject.enlarger(lr, (4 * _WARM_UP_PX, 4 * _WARM_UP_PX))
+    subject.enlarger.restorer.warm_up(lr, (4 * _WARM_UP_PX, 4 * _WARM_UP_PX))
     if subject.original is not None:
         subject.original(lr)
 
