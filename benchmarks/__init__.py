@@ -1,0 +1,1 @@
+"""Measurements of speed and quality, made in one run on one machine."""
