@@ -32,8 +32,6 @@ help: ## Show this list
 
 demo: venv ## Super-resolve the bundled photograph with the bundled weights
 	@"$(VENV)/bin/python" demo.py --img_path "$(DEMO_IMAGE)" --k 0 --out_dir "$(DEMO_OUT)"
-	@echo "The pictures are in $(DEMO_OUT):"
-	@ls "$(DEMO_OUT)"
 
 test: venv-dev ## Run the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(VENV)/bin/python" -m pytest \
