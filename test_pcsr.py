@@ -9,6 +9,7 @@ from engine.budget import OriginalCost
 from engine.evaluate_cli import Subject, is_pcsr, main, make_parser
 from engine.inference_words import add_routing_words, routing_from
 from engine.restore import Patches, PcsrRestorer, load_pcsr
+from engine.sweep_cli import Sweep, add_sweep_words
 from utils.cli import positive_float, run
 from utils.config import Config, load_config
 from utils.errors import UserError
@@ -38,13 +39,15 @@ def prepare(
         precision=args.precision,
         patches=patches,
     )
+    sweep = Sweep.from_words(args, restorer, original, f"{config.name} x{args.scale:g}")
     return Subject(
         model,
         restorer,
         args.scale,
         upsamplers=len(model.upsamplers),
-        routing=routing.describe(),
+        routing="swept" if sweep else routing.describe(),
         refinement=not args.no_refinement,
+        sweep=sweep,
     )
 
 
@@ -71,6 +74,7 @@ if __name__ == "__main__":
         help="Any real number from 1 on.",
     )
     add_routing_words(parser)
+    add_sweep_words(parser)
     parser.add_argument(
         "--original_config",
         type=Path,

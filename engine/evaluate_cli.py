@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from datasets.wrappers import LR_MODES
 from engine.conventions import Conventions, LrSource
-from engine.evaluation import Figures, Restore, bicubic, evaluate, mean_of
+from engine.evaluation import Restore, bicubic, evaluate, mean_of
 from engine.inference_words import add_json_word, add_weights_word
-from engine.report import Table, foot, to_json, write_json
+from engine.report import Table, circumstances, followed, foot, to_json, write_json
 from engine.restore import Patches
 from engine.samples import EvaluationSet, ImagePaths
 from models.inference import PATCH_BATCH_SIZE
@@ -34,6 +34,9 @@ from utils.log import set_up
 from utils.machine import peak_memory_bytes, reset_peak_memory
 from utils.metrics import PsnrType
 
+# Takes a line of a table.
+Write = Callable[[str], None]
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -45,6 +48,7 @@ class Subject:
         scale: HR pixels per LR pixel.
         upsamplers: how many it has; 0 for original networks.
         routing, refinement: see `engine.conventions`.
+        sweep: what is done instead of one evaluation; gives JSON content.
     """
 
     model: nn.Module
@@ -53,6 +57,7 @@ class Subject:
     upsamplers: int = 0
     routing: str | None = None
     refinement: bool | None = None
+    sweep: Callable[[EvaluationSet, torch.device, Write], dict[str, Any]] | None = None
 
 
 # (words, config, weights, device, patches or None) to what is evaluated.
@@ -134,7 +139,10 @@ def main(parser: Parser, prepare: Prepare) -> int:
     parameters = sum(p.numel() for p in subject.model.parameters())
     print(f"{config.name}: {parameters / 1e3:.2f}K parameters from {weights}, on {device}")
     reset_peak_memory(device)
-    figures, baseline = _run(images, subject, device, with_bicubic=args.bicubic)
+    if subject.sweep is not None:
+        content = subject.sweep(images, device, _write)
+    else:
+        content = _run(images, subject, device, with_bicubic=args.bicubic)
     peak = peak_memory_bytes(device)
     print(foot(conventions, device, peak))
     if args.json is not None:
@@ -142,8 +150,7 @@ def main(parser: Parser, prepare: Prepare) -> int:
             "model": {"config": config.name, "weights": str(weights), "parameters": parameters},
             "data": {"hr": str(paths.hr[0].parent), "lr": paths.lr and str(paths.lr[0].parent)},
         }
-        content = to_json(figures, baseline, conventions, device, peak)
-        write_json(args.json, {**content, **about})
+        write_json(args.json, {**content, **circumstances(conventions, device, peak), **about})
     return 0
 
 
@@ -154,34 +161,24 @@ def is_pcsr(config: Config) -> bool:
 
 def _run(
     images: EvaluationSet, subject: Subject, device: torch.device, *, with_bicubic: bool
-) -> tuple[list[Figures], list[Figures]]:
-    """Evaluate all images and print the table: the model's figures, and those of bicubic."""
+) -> dict[str, Any]:
+    """Evaluate all images and print the table; the figures as JSON content."""
     table = Table(images.names, subject.upsamplers, _write)
     table.header()
     baseline = []
     if with_bicubic:
-        baseline = list(_followed(evaluate(images, bicubic, range(len(images)), device), images))
+        rows = evaluate(images, bicubic, range(len(images)), device)
+        baseline = list(followed(rows, len(images)))
         table.baseline("bicubic", mean_of(baseline))
         table.rule()
     figures = []
-    for row in _followed(evaluate(images, subject.restore, range(len(images)), device), images):
+    rows = evaluate(images, subject.restore, range(len(images)), device)
+    for row in followed(rows, len(images)):
         table.row(row)
         figures.append(row)
     table.rule()
     table.row(mean_of(figures))
-    return figures, baseline
-
-
-def _followed(figures: Iterable[Figures], images: EvaluationSet) -> Iterable[Figures]:
-    """With a progress bar where somebody watches."""
-    return tqdm(
-        figures,
-        total=len(images),
-        unit="image",
-        dynamic_ncols=True,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
+    return to_json(figures, baseline)
 
 
 def _write(line: str) -> None:

@@ -2,16 +2,20 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from engine.conventions import Conventions
 from engine.evaluation import Figures, mean_of
 from utils.atomic import write_text
 from utils.machine import describe
+
+T = TypeVar("T")
 
 _QUALITY = ("name", "psnr", "ssim")
 
@@ -61,6 +65,18 @@ class Table:
         self.write("  ".join([f"{first:<{self.widths[0]}}", *padded]))
 
 
+def followed(rows: Iterable[T], total: int) -> Iterable[T]:
+    """`rows` with a progress bar where somebody watches."""
+    return tqdm(
+        rows,
+        total=total,
+        unit="image",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+
+
 def foot(conventions: Conventions, device: torch.device, peak_memory_bytes: int | None) -> str:
     """What the figures above depend on, in a few lines."""
     facts = describe(device)
@@ -75,27 +91,27 @@ def foot(conventions: Conventions, device: torch.device, peak_memory_bytes: int 
     )
 
 
-def to_json(
-    figures: Sequence[Figures],
-    baseline: Sequence[Figures],
-    conventions: Conventions,
-    device: torch.device,
-    peak_memory_bytes: int | None,
-) -> dict[str, Any]:
+def to_json(figures: Sequence[Figures], baseline: Sequence[Figures]) -> dict[str, Any]:
     """All figures as plain numbers: FLOPs not in G, times in seconds.
 
     None (JSON's null) stands for the infinite PSNR of equal images, and for the SSIM of images
     smaller than its window. `baseline`, where not empty, are figures of bicubic enlargement.
     """
-    content = {
-        **_images_and_mean(figures, list(figures[0].to_json())),
+    content = _images_and_mean(figures, list(figures[0].to_json()))
+    if baseline:
+        content["bicubic"] = _images_and_mean(baseline, _QUALITY)
+    return content
+
+
+def circumstances(
+    conventions: Conventions, device: torch.device, peak_memory_bytes: int | None
+) -> dict[str, Any]:
+    """What figures depend on, and what they took, in plain values."""
+    return {
         "conventions": conventions.to_json(),
         "machine": describe(device),
         "peak_memory_bytes": peak_memory_bytes,
     }
-    if baseline:
-        content["bicubic"] = _images_and_mean(baseline, _QUALITY)
-    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -217,7 +217,7 @@ def test_equal_and_small_images_have_no_figure_in_json(folder, tmp_path) -> None
 
     figures = list(evaluate(images, perfect, range(1), CPU))
     assert (figures[0].psnr, math.isnan(figures[0].ssim)) == (math.inf, True)
-    write_json(tmp_path / "new" / "f.json", to_json(figures, [], images.conventions, CPU, None))
+    write_json(tmp_path / "new" / "f.json", to_json(figures, []))
     written = json.loads((tmp_path / "new" / "f.json").read_text())
     assert written["images"][0]["psnr"] is None
     assert written["mean"]["ssim"] is None

@@ -1,0 +1,131 @@
+"""test_pcsr.py --sweep."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.budget import OriginalCost
+from engine.evaluation import errors_named
+from engine.inference_words import output_file
+from engine.report import followed
+from engine.restore import PcsrRestorer
+from engine.samples import EvaluationSet
+from engine.sweep import PointFigures, points_for, sweep_image
+from engine.sweep_report import check_plotting, print_table, to_json, write_plot
+from utils.errors import UserError
+
+# What a sweep decides itself, or has no use for.
+_EXCLUDED = ("k", "adaptive", "upsampler", "budget", "bicubic")
+
+
+def add_sweep_words(parser: argparse.ArgumentParser) -> None:
+    """``--sweep`` and what goes with it."""
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="Instead of one routing, the whole curve of PSNR over FLOPs and time, from all-light "
+        "to all-heavy, in one pass over the images; beside it that of an oracle which knows HR: "
+        "how much a better classifier could gain.",
+    )
+    parser.add_argument(
+        "--sweep_time",
+        action="store_true",
+        help="With --sweep: measure the time of each point by running it. Otherwise it is "
+        "estimated from what the parts took.",
+    )
+    parser.add_argument(
+        "--plot",
+        type=output_file,
+        metavar="PNG",
+        help="With --sweep: draw the curves to this file (needs matplotlib).",
+    )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep over a set of images.
+
+    Attributes:
+        restorer: the model; its own routing plays no part.
+        original: the network whose FLOPs those of PCSR are compared with.
+        title: of the plot.
+        is_timed: measure the time of each point.
+        plot: file for the plot, or None.
+    """
+
+    restorer: PcsrRestorer
+    original: OriginalCost
+    title: str
+    is_timed: bool
+    plot: Path | None
+
+    @classmethod
+    def from_words(
+        cls,
+        args: argparse.Namespace,
+        restorer: PcsrRestorer,
+        original: OriginalCost,
+        title: str,
+    ) -> "Sweep | None":
+        """What the words ask for; None for no sweep.
+
+        Raises:
+            UserError: words that do not go together, or a model with nothing to choose.
+        """
+        if not args.sweep:
+            if args.sweep_time or args.plot is not None:
+                raise UserError("--sweep_time and --plot go with --sweep")
+            return None
+        for word in _EXCLUDED:
+            value = getattr(args, word)
+            if value is not None and value is not False:
+                raise UserError(f"--{word} does not go with --sweep")
+        if len(restorer.model.upsamplers) < 2:
+            raise UserError("--sweep: the model has one upsampler, so there is nothing to choose")
+        if args.plot is not None:
+            check_plotting()
+        return cls(restorer, original, title, args.sweep_time, args.plot)
+
+    def __call__(
+        self, images: EvaluationSet, device: torch.device, write: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Sweep all images, print the table, draw the plot; the figures as JSON content."""
+        points = points_for(len(self.restorer.model.upsamplers))
+        figures: list[list[PointFigures]] = []
+        originals: list[float] = []
+        for index in followed(range(len(images)), len(images)):
+            sample = images[index]
+            with errors_named(sample.name, device):
+                lr_size = (sample.lr.shape[-2], sample.lr.shape[-1])
+                if not figures:
+                    self.restorer.warm_up(sample.lr.to(device)[:, :32, :32], (128, 128))
+                image = self.restorer.image_cost(lr_size, sample.size)
+                originals.append(image.patches * self.original.executed(image.lr_size, image.size))
+                figures.append(
+                    sweep_image(
+                        self.restorer,
+                        sample,
+                        points,
+                        device,
+                        images.conventions,
+                        is_timed=self.is_timed,
+                    )
+                )
+        means = [PointFigures.mean(of_point) for of_point in zip(*figures, strict=True)]
+        original_flops = sum(originals) / len(originals)
+        print_table(points, means, original_flops, is_timed=self.is_timed, write=write)
+        if self.plot is not None:
+            write_plot(
+                self.plot,
+                points,
+                means,
+                original_flops,
+                title=f"{self.title}: mean of {len(images)} images",
+                is_timed=self.is_timed,
+            )
+            write(f"plot: {self.plot}")
+        return to_json(points, images.names, figures, originals, is_timed=self.is_timed)
