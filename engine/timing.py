@@ -4,6 +4,7 @@ Axes: h w LR, H W output, M upsamplers.
 """
 
 import itertools
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,12 +23,17 @@ from utils.machine import Timer, synchronize
 if TYPE_CHECKING:
     from engine.restore import PcsrRestorer
 
+logger = logging.getLogger(__name__)
+
 # The part that is measured: at least so many LR pixels, and more until a run takes so long.
 _LEAST_PX = 8192
 _LEAST_S = 0.03
 # It is measured once, and again up to so often until so much time has passed.
 _ROUNDS = 3
 _ENOUGH_S = 0.3
+
+# Beyond this share of the budget a delay is worth a warning.
+_LATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class ImageTimes:
 class TimedRouting:
     """As many heavy pixels as the time allows that is left when they are chosen.
 
-    What the encoder took is not predicted but seen: the clock runs from the construction on.
+    What the encoder took is not predicted but seen: the clock runs from the construction on. An
+    image that is late by then is all-light, with a warning.
 
     Args:
         times: of the image.
@@ -61,6 +68,7 @@ class TimedRouting:
 
     def __init__(self, times: ImageTimes, budget_s: float, words: str) -> None:
         self.times = times
+        self.budget_s = budget_s
         self.words = words
         self._end_s = time.perf_counter() + budget_s
 
@@ -68,6 +76,10 @@ class TimedRouting:
         """See `models.routing.Routing`; all patches of the image at once."""
         synchronize(margins_BKHW.device)
         left_s = self._end_s - time.perf_counter() - self.times.routing_s
+        patches, _, height, width = margins_BKHW.shape
+        late_s = self.times.after.uniform(0, (height, width), patches) - left_s
+        if late_s > _LATE * self.budget_s:
+            logger.warning("%s: will be late by about %.3g ms", self.words, 1e3 * late_s)
         return BudgetRouting(self.times.after, left_s).classes(margins_BKHW, log_costs_M)
 
     def describe(self) -> str:
@@ -172,7 +184,8 @@ def measure_times(restorer: "PcsrRestorer", lr: Tensor, size: tuple[int, int]) -
     part = restorer.image_cost((band.shape[-2], band.shape[-1]), band_size)
     upsamplers = len(part.cost.pixel)
     probes = [_Probe(FixedRouting(index)) for index in range(upsamplers)]
-    probes.append(_Probe(_half_way(part)))
+    half_way = (part.uniform(0) + part.uniform(-1)) / 2
+    probes.append(_Probe(BudgetRouting(part.cost, half_way)))
     rounds: list[list[_Sample]] = []
     end_s = time.perf_counter() + _ENOUGH_S
     while not rounds or (len(rounds) < _ROUNDS and time.perf_counter() < end_s):
@@ -209,14 +222,6 @@ def _band(
         if rows == h or sample.before_s + sample.after_s >= _LEAST_S:
             return band, band_size
         rows *= 4
-
-
-def _half_way(image: ImageCost) -> BudgetRouting:
-    """As many raises as there are pixels for half the upsamplers: all classes occur."""
-    upsamplers = len(image.cost.pixel)
-    raises = tuple(float(index) for index in range(upsamplers))
-    cost = UpsamplingCost(0.0, raises, (0,), np.zeros((1, upsamplers)))
-    return BudgetRouting(cost, image.pixels * raises[-1] / 2)
 
 
 def _run(restorer: "PcsrRestorer", lr: Tensor, size: tuple[int, int], probe: _Probe) -> _Sample:

@@ -147,20 +147,26 @@ class _Raising:
         while exceeds.key + 1 < fits.key and (between := _raised(fits, exceeds)) > 1:
             if self.rest is None and between <= _GATHERED:
                 self.rest = _Rest.gather(self.kappa_BKHW, fits, exceeds)
-            key = guesses.pop() if guesses else (exceeds.key + fits.key) // 2
+            if guesses:
+                key = guesses.pop()
+            else:
+                key = self.rest.median_key() if self.rest else (exceeds.key + fits.key) // 2
             trial = self._trial(min(max(key, exceeds.key + 1), fits.key - 1))
             if trial.cost <= budget:
                 fits = trial
             else:
                 exceeds = trial
+            if self.rest is not None:
+                self.rest = self.rest.between(fits, exceeds)
         return fits, exceeds
 
     def _guesses(self, share: float) -> list[int]:
         """Keys of two thresholds that likely lie on both sides of where `share` is raised."""
         values = self.kappa_BKHW.flatten()
-        sample = values[:: 1 + len(values) // _GATHERED].sort().values
+        sample = values[:: 1 + len(values) // _GATHERED]
         ranks = [round((1 - share + shift) * len(sample)) for shift in (-_DOUBT, _DOUBT)]
-        return [_key_of(float(sample[min(max(rank, 0), len(sample) - 1)])) for rank in ranks]
+        ranks = [min(max(rank, 1), len(sample)) for rank in ranks]
+        return [_key_of(sample.kthvalue(rank).values.item()) for rank in ranks]
 
     def _trial(self, key: int) -> "_Trial":
         threshold = _float_of(key)
@@ -235,6 +241,16 @@ class _Rest:
             places.append(torch.stack([b * H + y + rows.start, k + 1]))
         row, raised_to = torch.cat(places, dim=1).cpu().numpy()
         return cls(fits.counts, torch.cat(values).cpu().numpy(), row, raised_to)
+
+    def between(self, fits: _Trial, exceeds: _Trial) -> "_Rest":
+        """What is raised between two closer thresholds."""
+        kept = (self.kappa > exceeds.threshold) & (self.kappa <= fits.threshold)
+        return _Rest(fits.counts, self.kappa[kept], self.row[kept], self.raised_to[kept])
+
+    def median_key(self) -> int:
+        """Key of a threshold that half of it exceeds."""
+        middle = len(self.kappa) // 2
+        return _key_of(float(np.partition(self.kappa, middle)[middle]))
 
     def counts(self, threshold: float) -> NDArray[np.int64]:
         above = self.kappa > threshold

@@ -317,14 +317,16 @@ def test_times_of_pure_and_mixed_classes_are_reproduced() -> None:
     assert cost.total(mixed) == pytest.approx(6.0)
 
 
-def test_time_that_has_passed_is_gone() -> None:
+def test_time_that_has_passed_is_gone(caplog) -> None:
     margins = torch.randn(1, 1, 20, 20)
     times = ImageTimes(0.0, UpsamplingCost(0.0, (0.0, 1.0), (0,), np.zeros((1, 2))), 0.0, 400.0)
     routing = TimedRouting(times, 100.5, "words")
     assert routing.classes(margins, (-1.0, -0.5)).sum() == 100
     late = TimedRouting(times, 0.05, "words")
     time.sleep(0.06)
+    assert not caplog.records
     assert not late.classes(margins, (-1.0, -0.5)).any()
+    assert "words: will be late by about" in caplog.text
 
 
 @pytest.mark.parametrize("patches", [None, Patches(batch_size=1)], ids=["whole", "patches"])

@@ -24,6 +24,7 @@ from engine.inference_words import routing_from
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
 from utils.cli import EXIT_USER_ERROR, Parser
+from utils.config import load_config
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.log import set_up
@@ -92,6 +93,8 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
     if not args.upscale:
         original, about = _load_original(args, pcsr.backbone, device)
     original_cost = OriginalCost(pcsr.backbone, original.model if original else None)
+    if original is None and args.original_config is not None:
+        original_cost = OriginalCost.of_config(pcsr.backbone, load_config(args.original_config))
     routing = routing_from(args, len(pcsr.model.upsamplers), original_cost)
     refinement = not args.no_refinement
     restorer = PcsrRestorer(
