@@ -5,12 +5,18 @@
 
 from pathlib import Path
 
+from utils.atomic import write_text
 from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint, save_checkpoint
 from utils.cli import Parser, run
+
+EVIDENCE = ("config.yaml", "log.txt", "metrics.jsonl")
 
 
 def release(folder: Path) -> Path:
     """Write `folder`/release.pth: spec, weights and iteration of its iter_last.pth.
+
+    The run's config, log and metrics are kept beside it as ``release.*``, which training never
+    touches.
 
     Raises:
         UserError: no checkpoint there, or it cannot be read.
@@ -18,6 +24,9 @@ def release(folder: Path) -> Path:
     last = load_checkpoint(folder / LAST_NAME)
     path = folder / RELEASE_NAME
     save_checkpoint(path, {"model": last["model"], "iter": last["iter"]})
+    for name in EVIDENCE:
+        if (folder / name).is_file():
+            write_text(folder / f"release.{name}", (folder / name).read_text(encoding="utf-8"))
     return path
 
 
