@@ -1,18 +1,25 @@
-"""From a config's data sections to loaders and validation samples."""
+"""From a config's data sections to training batches and validation samples."""
 
+import atexit
+import ctypes
 import itertools
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import datasets
 from datasets.sampling import IterationBatchSampler
 from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
+
+Batch = dict[str, Tensor]
 
 
 def make_samples(data: DataConfig, where: str, **wrapper_args: Any) -> Dataset:
@@ -24,7 +31,7 @@ def make_samples(data: DataConfig, where: str, **wrapper_args: Any) -> Dataset:
 
 def train_batches(
     data: DataConfig, *, seed: int, start: int, stop: int, world: World
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[Batch]:
     """This rank's share of the batches of iterations `start` to `stop` - 1.
 
     A batch is a function of (seed, iteration) alone: not of the number of ranks or workers, nor
@@ -32,6 +39,11 @@ def train_batches(
 
     Yields:
         ``{"lr": (B, 3, h, w), "hr": (B, 3, H, W)}`` float32 on the CPU.
+
+    Raises:
+        UserError: at once, a data set that cannot be opened or a batch that does not divide over
+            the ranks; while yielding, an image that is damaged or too small, samples of different
+            sizes, or a dead loader process.
     """
     samples = make_samples(data, "train_dataset")
     sampler = IterationBatchSampler(
@@ -48,36 +60,91 @@ def train_batches(
         samples,
         batch_sampler=sampler,
         num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_WorkerSignals() if workers else None,
         pin_memory=world.device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # not the global one, whose state belongs to the run
     )
-    return iter(loader)
+    return _with_plain_errors(iter(loader))
+
+
+def _collate(samples: list[Batch]) -> Batch:
+    sizes = {tuple(sample["lr"].shape) for sample in samples}
+    if len(sizes) > 1:
+        raise UserError(
+            "config: `train_dataset.wrapper.args.inp_size` is missing: without it samples are "
+            "whole images, and these differ in size"
+        )
+    return default_collate(samples)
+
+
+class _WorkerSignals:
+    """Loader processes leave it to the main process what a signal ends.
+
+    Ctrl-C, `timeout` and batch systems signal every process of a run, and the main one needs its
+    loaders until the iteration is done. Only once it exits does SIGTERM end them.
+    """
+
+    def __init__(self) -> None:
+        self._exiting: Any = multiprocessing.Value(ctypes.c_bool, False, lock=False)
+        # Runs before multiprocessing's own exit handler, which terminates and then waits.
+        atexit.register(self._set_exiting)
+
+    def __call__(self, _worker_id: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _set_exiting(self) -> None:
+        self._exiting.value = True
+
+    def _on_sigterm(self, *_: object) -> None:
+        if self._exiting.value:
+            os._exit(0)
+
+
+def _with_plain_errors(iterator: Iterator[Batch]) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(iterator, None)
+        except (ValueError, OSError) as error:
+            # A worker's error comes with the worker's traceback in its message.
+            name = type(error).__name__
+            raise UserError(str(error).rsplit(f"{name}: ", 1)[-1].strip()) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a data loader process has died (out of memory?): lower `train_dataset.num_workers`"
+            ) from error
+        if batch is None:
+            return
+        yield batch
 
 
 def validation_sets(data: DataConfig) -> list[tuple[float, Dataset]]:
-    """(scale, samples) of every validation scale.
+    """(scale, samples) of every validation scale; the scale is 0 where the pairs decide it.
 
     Raises:
-        UserError: scales that fixed HR / LR pairs cannot serve.
+        UserError: a data set that cannot be opened, or scales that pairs on disk cannot serve.
     """
-    args = data.wrapper.get("args") or {}
-    if "scale" not in args and not data.scales:
-        return [(0.0, make_samples(data, "valid_dataset"))]
     if data.wrapper.get("name") != "sr-implicit-downsampled":
         if len(data.scales) > 1:
             raise UserError("config: `valid_dataset.scales`: pairs on disk have one scale")
-        return [(data.scales[0], make_samples(data, "valid_dataset"))]
-    scales = data.scales or [float(max(args["scale"]))]
-    return [(s, make_samples(data, "valid_dataset", scale=[s, s])) for s in scales]
+        return [((data.scales or [0.0])[0], make_samples(data, "valid_dataset"))]
+    if not data.scales:
+        samples: Any = make_samples(data, "valid_dataset")
+        return [(samples.highest_scale, samples)]
+    return [(s, make_samples(data, "valid_dataset", scale=s)) for s in data.scales]
 
 
-def rank_share(samples: Dataset, world: World) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def rank_share(samples: Dataset, world: World) -> Iterator[tuple[int, Batch]]:
     """(index, sample) of every `world.size`-th sample, starting at this rank's."""
     length: int = len(samples)  # type: ignore[arg-type]
     for index in itertools.islice(range(length), world.rank, None, world.size):
         yield index, samples[index]
 
 
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch, without waiting where its memory is pinned."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -1,15 +1,15 @@
-"""What training minimises: modules that turn a batch into losses.
+"""What training minimises: modules that turn samples into losses.
 
-A module, so that DistributedDataParallel can wrap model and loss as one.
+Every loss is a mean over the samples given, or (phase 1's load) a value that all micro-batches of
+all ranks share, so that the mean over micro-batches is the loss of the whole batch.
 Axes: B batch, h w LR, H W output, M upsamplers.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.microbatches import differentiable_sum_over_batch, sum_over_batch
 from models.pcsr import PCSR
-from utils.distributed import differentiable_sum_over_ranks, sum_over_ranks
 
 
 class ReconstructionObjective(nn.Module):
@@ -20,7 +20,15 @@ class ReconstructionObjective(nn.Module):
         self.model = model
 
     def forward(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        """`lr` (B, 3, h, w), `hr` (B, 3, H, W) in [0, 1]; returns ``{"loss"}``, a scalar."""
+        """Losses of some samples.
+
+        Args:
+            lr: (B, 3, h, w) float RGB in [0, 1].
+            hr: (B, 3, H, W).
+
+        Returns:
+            ``{"loss"}``, a scalar.
+        """
         if isinstance(self.model, PCSR):
             sr = self.model(lr, (hr.shape[-2], hr.shape[-1]))
         else:
@@ -32,7 +40,8 @@ class RoutingObjective(nn.Module):
     """Phase 1: the mixture's L1, and the average load of each upsampler near N / M.
 
     ``loss_rgb_w L1(sum_j p_j y_j, hr) + loss_avg_w mean_j |sum p_j - N/M| / (N/M)``, the sums over
-    all N pixels of all ranks. (For M = 2 both terms of the mean are equal: the published loss.)
+    all N pixels of the whole batch. (For M = 2 both terms of the mean are equal: the published
+    loss.)
     """
 
     def __init__(self, model: PCSR, *, loss_rgb_w: float, loss_avg_w: float) -> None:
@@ -42,18 +51,22 @@ class RoutingObjective(nn.Module):
         self.loss_avg_w = loss_avg_w
 
     def forward(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        """Returns ``{"loss", "loss_rgb", "loss_avg", "heavy_share"}``, scalars."""
+        """Takes the same as :class:`ReconstructionObjective`.
+
+        Returns:
+            ``{"loss", "loss_rgb", "loss_avg", "heavy_share"}``, scalars.
+        """
         sr, probs_BMHW = self.model.mixture(lr, (hr.shape[-2], hr.shape[-1]))
         loss_rgb = F.l1_loss(sr.float(), hr)
-        load_M = differentiable_sum_over_ranks(probs_BMHW.sum(dim=(0, 2, 3)))
-        pixels = probs_BMHW[:, 0].numel()
-        target = sum_over_ranks(load_M.new_tensor(float(pixels))) / len(load_M)
+        load_M = differentiable_sum_over_batch(probs_BMHW.sum(dim=(0, 2, 3)))
+        pixels = load_M.new_tensor(float(probs_BMHW[:, 0].numel()))
+        target = sum_over_batch(pixels) / len(load_M)
         loss_avg = ((load_M - target).abs() / target).mean()
         return {
             "loss": self.loss_rgb_w * loss_rgb + self.loss_avg_w * loss_avg,
-            "loss_rgb": loss_rgb.detach(),
-            "loss_avg": loss_avg.detach(),
-            "heavy_share": (probs_BMHW[:, -1].mean()).detach(),
+            "loss_rgb": loss_rgb,
+            "loss_avg": loss_avg,
+            "heavy_share": probs_BMHW[:, -1].mean(),
         }
 
 
@@ -64,8 +77,3 @@ def make_objective(
     if isinstance(model, PCSR) and model.classifier is not None:
         return RoutingObjective(model, loss_rgb_w=loss_rgb_w, loss_avg_w=loss_avg_w)
     return ReconstructionObjective(model)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Context in which convolutions and products run in `precision` ("fp32" or "bf16")."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

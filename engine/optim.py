@@ -2,7 +2,8 @@
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,38 @@ def make_adam(
     """Adam; the arguments are torch's."""
     if not lr > 0:
         raise UserError(f"config: `optimizer.args.lr` must be positive, not {lr}")
+    if len(betas) != 2:
+        raise UserError(f"config: `optimizer.args.betas` takes two numbers, not {list(betas)}")
     b1, b2 = betas
     return torch.optim.Adam(params, lr=lr, betas=(b1, b2), weight_decay=weight_decay, eps=eps)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: Path
+) -> None:
+    """Load the state of every parameter; hyper-parameters stay those that `optimizer` has.
+
+    So a rate that was changed in the config before resuming is in effect.
+
+    Raises:
+        UserError: a state that does not fit.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    try:
+        counts = [
+            [len(group["params"]) for group in groups] for groups in (own, saved["param_groups"])
+        ]
+        if counts[0] != counts[1]:
+            raise ValueError(f"it holds {sum(counts[1])} tensors, the model has {sum(counts[0])}")
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+        for parameter, state in optimizer.state.items():
+            if any(v.dim() and v.shape != parameter.shape for v in state.values()):
+                raise ValueError("a tensor has another shape")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"checkpoint {source}: the state of its optimizer does not fit the config ({error}); "
+            f"start anew with --resume never"
+        ) from error
 
 
 @SCHEDULERS.register("CosineAnnealingLR_Restart")
@@ -40,8 +71,7 @@ class CosineRestart:
     ``t = restarts[i] + 1``. The rate is a function of t alone, so resuming needs only t.
 
     Args:
-        optimizer: whose groups' rates are set; their rates at construction (or `initial_lr`,
-            which torch keeps in a loaded state) are lr0.
+        optimizer: whose groups' rates are set; their rates at construction are lr0.
         T_period: periods: the first, then one per restart. Where the list is shorter than the
             restarts, its last entry goes on.
         restarts: steps after which a restart happens, ascending.
@@ -92,7 +122,3 @@ class CosineRestart:
     def state_dict(self) -> dict[str, Any]:
         """The step; everything else is the spec's."""
         return {"step": self.step_count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the saved step."""
-        self.set_step(int(state["step"]))

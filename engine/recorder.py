@@ -3,6 +3,8 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,12 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from engine.validation import ValidationRow
+from utils.atomic import write_text
+from utils.metrics import json_number
+
+METRICS_NAME = "metrics.jsonl"
+# Above this share of waiting for data, the log says what helps.
+_MUCH_DATA = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -19,43 +27,75 @@ class Recorder:
 
     Args:
         folder: of the run; None on ranks that write nothing (they still average).
+        start: iterations done before; what the files hold of later ones is dropped.
+        end: the last iteration, for the time that is left.
+        batch_size: over all ranks.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, start: int, end: int, batch_size: int) -> None:
         self._folder = folder
+        self._start = start
+        self._end = end
+        self._batch_size = batch_size
         self._writer: SummaryWriter | None = None
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+        self._data_s = 0.0
         self._lr = 0.0
         self._since = time.monotonic()
+        self._hinted = False
 
     def __enter__(self) -> "Recorder":
         if self._folder is not None:
-            self._writer = SummaryWriter(str(self._folder))
+            _trim(self._folder / METRICS_NAME, self._start)
+            self._writer = SummaryWriter(str(self._folder), purge_step=self._start + 1)
+        self._since = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
 
-    def add(self, losses: dict[str, Tensor], lr: float) -> None:
-        """Note one iteration; nothing is read from the device yet."""
+    def add(self, losses: dict[str, Tensor], lr: float, data_s: float) -> None:
+        """Note one iteration and how long it waited for data; nothing is read from the device."""
         for name, value in losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
+        self._data_s += data_s
         self._lr = lr
 
-    def flush(self, iteration: int) -> dict[str, float]:
-        """Write the means since the last call, and return them."""
-        seconds = time.monotonic() - self._since
+    def flush(self, iteration: int) -> str:
+        """Write the means since the last call; returns them in short, for a progress bar."""
         means = {name: value.item() / self._count for name, value in self._sums.items()}
-        values = {**means, "lr": self._lr, "iterations_per_s": self._count / seconds}
-        self._sums, self._count, self._since = {}, 0, time.monotonic()
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._write(iteration, "train", values, f"iteration {iteration}: {text}")
-        return means
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate = self._count / seconds
+        share = self._data_s / seconds
+        left = timedelta(seconds=round((self._end - iteration) / rate))
+        values = {
+            **means,
+            "lr": self._lr,
+            "iterations_per_s": rate,
+            "images_per_s": rate * self._batch_size,
+            "data_share": share,
+        }
+        short = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        text = (
+            f"iteration {iteration}/{self._end}: {short}, lr {self._lr:.3g}, {rate:.3g} it/s, "
+            f"{rate * self._batch_size:.3g} images/s, data {100 * share:.0f} %, ETA {left}"
+        )
+        self._write(iteration, {"kind": "train"}, values, "train", text)
+        if share > _MUCH_DATA and not self._hinted and self._folder is not None:
+            self._hinted = True
+            logger.info(
+                "most of the time goes into loading data: raise `train_dataset.num_workers`, or "
+                "set `train_dataset.dataset.args.cache: in_memory`"
+            )
+        self._sums, self._count, self._data_s, self._since = {}, 0, 0.0, time.monotonic()
+        return f"{short}, {rate * self._batch_size:.3g} images/s"
 
-    def validation(self, iteration: int, results: list[tuple[float, list[ValidationRow]]]) -> None:
+    def validation(
+        self, iteration: int, results: Sequence[tuple[float, Sequence[ValidationRow]]]
+    ) -> None:
         """Write validation figures; the time they took does not count as training."""
         for scale, rows in results:
             for row in rows:
@@ -65,19 +105,40 @@ class Recorder:
                     "heavy_share": row.heavy_share,
                 }
                 text = (
-                    f"iteration {iteration}: validation x{scale:g} {row.name}: "
+                    f"iteration {iteration}/{self._end}: validation x{scale:g} {row.name}: "
                     f"{row.psnr:.3f} dB, {row.gflops:.2f} GFLOPs (paper), "
                     f"{100 * row.heavy_share:.1f} % heavy"
                 )
-                self._write(iteration, f"valid_x{scale:g}_{row.name}", values, text)
+                key = {"kind": "valid", "scale": scale, "name": row.name}
+                self._write(iteration, key, values, f"valid_x{scale:g}_{row.name}", text)
         self._since = time.monotonic()
 
-    def _write(self, iteration: int, kind: str, values: dict[str, float], text: str) -> None:
+    def _write(
+        self, iteration: int, key: dict[str, Any], values: dict[str, float], tag: str, text: str
+    ) -> None:
         if self._folder is None or self._writer is None:
             return
         logger.info("%s", text)
         for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, iteration)
-        row: dict[str, Any] = {"iteration": iteration, "kind": kind, **values}
-        with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            self._writer.add_scalar(f"{tag}/{name}", value, iteration)
+        numbers = {name: json_number(value) for name, value in values.items()}
+        row = json.dumps({"iteration": iteration, **key, **numbers})
+        with (self._folder / METRICS_NAME).open("a", encoding="utf-8") as file:
+            file.write(f"{row}\n")
+
+
+def _trim(path: Path, last: int) -> None:
+    """Drop the rows of iterations after `last`, which will come again, and broken rows."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _iteration(line) <= last]
+    if kept != lines:
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _iteration(line: str) -> float:
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

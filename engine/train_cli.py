@@ -1,12 +1,14 @@
 """The command line of train.py and train_pcsr.py."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.trainer import TrainOptions, train
+from engine.start import TrainOptions
+from engine.trainer import train
 from utils.cli import Parser, add_config_words, add_device_words, check_device_words
 from utils.config import Config, load_config
-from utils.distributed import world
+from utils.distributed import together, world
 from utils.log import set_up
 
 
@@ -39,13 +41,18 @@ def main(parser: Parser, check: Callable[[Config], None]) -> int:
     """
     args = parser.parse_args()
     check_device_words(args)
+    with world(args.device, args.gpu) as current:
+        set_up(main=current.is_main)
+        config = together(lambda: _load(args, check))
+        options = TrainOptions(
+            save_dir=args.save_dir or Path("save") / config.name,
+            resume=args.resume,
+            init=getattr(args, "init", None),
+        )
+        return train(config, options, current)
+
+
+def _load(args: argparse.Namespace, check: Callable[[Config], None]) -> Config:
     config = load_config(args.config, args.overrides)
     check(config)
-    options = TrainOptions(
-        save_dir=args.save_dir or Path("save") / config.name,
-        resume=args.resume,
-        init=getattr(args, "init", None),
-    )
-    with world(args.device, args.gpu) as current:
-        set_up(options.save_dir / "log.txt", main=current.is_main)
-        return train(config, options, current)
+    return config

@@ -2,291 +2,268 @@
 
 import logging
 import math
-import secrets
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import models
-from engine.data import to_device, train_batches, validation_sets
-from engine.objectives import autocast, make_objective
-from engine.optim import OPTIMIZERS, SCHEDULERS
+from engine.data import Batch, to_device, train_batches, validation_sets
+from engine.gradients import BatchGradients
+from engine.objectives import make_objective
+from engine.optim import OPTIMIZERS, SCHEDULERS, load_optimizer
 from engine.recorder import Recorder
-from engine.validation import validate
-from utils.atomic import write_text
-from utils.checkpoint import (
-    LAST_NAME,
-    check_same_model,
-    find_weights,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from engine.start import CONFIG_NAME, LOG_NAME, Start, TrainOptions, find_start, set_aside
+from engine.stop import StopSignal
+from engine.train_checks import check_model, check_scale, required_sections
+from engine.validation import ValidationRow, validate
+from utils.atomic import remove_leftovers, write_text
+from utils.checkpoint import LAST_NAME, load_phase0, load_weights, save_checkpoint
 from utils.config import Config, dump_yaml
-from utils.distributed import World, gather_objects, is_distributed, synchronise_batch_norm
+from utils.distributed import (
+    World,
+    broadcast_state,
+    fail_together,
+    max_over_ranks,
+    on_main,
+    together,
+)
 from utils.errors import UserError
+from utils.log import add_file
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What the command line decides.
+def train(config: Config, options: TrainOptions, world: World) -> int:
+    """Train `config`, resuming as `options` say.
 
-    Attributes:
-        save_dir: folder of the run.
-        resume: "auto" (continue where `save_dir` stands), "never", or a checkpoint's path.
-        init: phase 1: the phase 0 weights to start from; None for the config's.
+    Returns:
+        the exit code: 0, or 128 + N after signal N.
+
+    Raises:
+        UserError: anything that the user can put right.
     """
-
-    save_dir: Path
-    resume: str = "auto"
-    init: str | None = None
-
-
-class StopSignal:
-    """Notes SIGINT and SIGTERM, so that the loop can end after the iteration it is in."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.number is not None:
-            raise KeyboardInterrupt  # asked twice: stop at once
-        self.number = number
+    start = on_main(lambda: find_start(config, options))
+    if start.iteration >= config.iter_max > 0:
+        logger.info("nothing to do: finished at iteration %d", start.iteration)
+        return 0
+    return Trainer(config, options, world, start).run()
 
 
 class Trainer:
     """Trains one config in one folder; see :func:`train`."""
 
-    def __init__(self, config: Config, options: TrainOptions, world: World) -> None:
+    def __init__(self, config: Config, options: TrainOptions, world: World, start: Start) -> None:
         self.config = config
         self.options = options
         self.world = world
+        self.start = start
         self.last_path = options.save_dir / LAST_NAME
-        checkpoint = self._checkpoint_to_resume()
-        self.start = int(checkpoint["iter"]) if checkpoint else 0
-        self.seed = self._choose_seed(checkpoint)
-        torch.manual_seed(self.seed)
-        self.model = models.make(config.model, data_norm=config.data_norm)
-        if checkpoint is None and config.phase == 1:
-            self._load_phase0()
-        self._build_engine()
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        self._saved_at = 0.0
+        together(self._build)
+        broadcast_state(self.model)
 
     def run(self) -> int:
-        """Train to `iter_max`. Returns the exit code: 0, or 128 + N after signal N."""
+        """Train to `iter_max`. Returns the exit code."""
+        if self.world.is_main:
+            self._open_folder()
+        # No checkpoint yet: one without any training would stand in for released weights.
+        self._saved_at = time.monotonic()
+        with (
+            StopSignal() as stop,
+            self.gradients,
+            self._recorder() as recorder,
+            self._progress() as bar,
+        ):
+            return self._loop(stop, recorder, bar)
+
+    def _build(self) -> None:
+        """Everything that a wrong config can break."""
+        config, start = self.config, self.start
+        data, optimizer_spec = required_sections(config)
+        self.data = data
+        torch.manual_seed(start.seed)
+        self.model = models.make(config.model, data_norm=config.data_norm)
+        check_model(config, self.model)
+        self.model.to(self.world.device).train()
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._build_optimiser(optimizer_spec)
+        if start.checkpoint is not None and start.path is not None:
+            self._load(start.checkpoint, start.path)
+        self.batches = train_batches(
+            data, seed=start.seed, start=start.iteration, stop=config.iter_max, world=self.world
+        )
+        self.validation: list[tuple[float, Dataset]] = []
+        if config.valid_dataset is not None:
+            self.validation = validation_sets(config.valid_dataset)
+
+    def _build_optimiser(self, optimizer_spec: dict[str, Any]) -> None:
+        config = self.config
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradients = BatchGradients(
+            make_objective(self.model, loss_rgb_w=config.loss_rgb_w, loss_avg_w=config.loss_avg_w),
+            trained,
+            world=self.world,
+            batch_size=self.data.batch_size,
+            microbatches=config.microbatches,
+            precision=config.precision,
+        )
+        scheduler_spec = config.lr_scheduler or {
+            "name": "CosineAnnealingLR_Restart",
+            "args": {"T_period": [config.iter_max], "eta_min": 1e-7},
+        }
+        self.specs = {"optimizer": optimizer_spec, "lr_scheduler": scheduler_spec}
+        self.optimizer = OPTIMIZERS.make(optimizer_spec, "optimizer", params=trained)
+        self.scheduler = SCHEDULERS.make(scheduler_spec, "lr_scheduler", optimizer=self.optimizer)
+
+    # The loop
+
+    def _loop(self, stop: StopSignal, recorder: Recorder, bar: tqdm) -> int:
         config, end = self.config, self.config.iter_max
-        if self.start >= end:
-            logger.info("nothing to do: finished at iteration %d", self.start)
-            return 0
-        batches = self._batches()
-        sets = validation_sets(config.valid_dataset) if config.valid_dataset else []
-        self._announce()
-        saved_at = time.monotonic()
-        # A checkpoint from the start on: a full disk or a read-only folder shows at once.
-        self._save(self.start)
-        with StopSignal() as stop, self._progress() as bar, self._recorder() as recorder:
-            for step in range(self.start, end):
-                losses = self._iterate(step, next(batches))
-                done = step + 1
-                recorder.add(losses, self.optimizer.param_groups[0]["lr"])
-                bar.update()
-                number = self._agreed_stop(stop.number, done)
-                if done % config.iter_print == 0 or done == end:
-                    self._check_finite(recorder.flush(done), done)
-                overdue = self._overdue(saved_at)
-                if done % config.iter_save == 0 or done == end or number or overdue:
-                    self._check_finite(losses, done)
-                    self._save(done)
-                    saved_at = time.monotonic()
-                if number:
-                    logger.info("stopped by signal %d: saved at iteration %d", number, done)
-                    return 128 + number
-                if sets and ((config.iter_val and done % config.iter_val == 0) or done == end):
-                    recorder.validation(done, self._validate(sets))
+        for step in range(self.start.iteration, end):
+            began = time.monotonic()
+            batch, signal_number, overdue = self._next_batch(stop.number)
+            waited_s = time.monotonic() - began
+            if signal_number or overdue:
+                self._save(step)
+            if signal_number:
+                logger.info("stopped by signal %d: saved at iteration %d", signal_number, step)
+                return 128 + signal_number
+            losses = self._iterate(step, batch)
+            done = step + 1
+            printing = _is_due(done, config.iter_print, end)
+            validating = bool(self.validation) and _is_due(done, config.iter_val, end)
+            # Before a validation, too: it may take longer than who ends the run will wait.
+            saving = validating or _is_due(done, config.iter_save, end)
+            if printing or saving or self.world.device.type == "cpu":
+                self._check_finite(losses, done)
+            recorder.add(losses, self.optimizer.param_groups[0]["lr"], waited_s)
+            bar.update()
+            if printing:
+                bar.set_postfix_str(recorder.flush(done))
+            if saving:
+                self._save(done)
+            if validating:
+                recorder.validation(done, self._validate())
         logger.info("finished at iteration %d: %s", end, self.last_path)
         return 0
 
-    def _build_engine(self) -> None:
-        config, device = self.config, self.world.device
-        if self.world.size > 1:
-            synchronise_batch_norm(self.model)
-        self.model.to(device).train()
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        objective = make_objective(
-            self.model, loss_rgb_w=config.loss_rgb_w, loss_avg_w=config.loss_avg_w
-        )
-        self.objective: nn.Module = objective
-        if is_distributed():
-            self.objective = DistributedDataParallel(objective, broadcast_buffers=False)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        if config.optimizer is None:
-            raise UserError("config: key `optimizer` is missing")
-        self.optimizer = OPTIMIZERS.make(config.optimizer, "optimizer", params=trained)
-        spec = config.lr_scheduler or {
-            "name": "CosineAnnealingLR_Restart",
-            "args": {"T_period": [max(1, config.iter_max)], "eta_min": 1e-7},
-        }
-        self.scheduler_spec = spec
-        self.scheduler = SCHEDULERS.make(spec, "lr_scheduler", optimizer=self.optimizer)
+    def _next_batch(self, signal_number: int) -> tuple[Batch, int, bool]:
+        """The next batch on the device, and what the ranks agree on before they compute it.
 
-    def _iterate(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        batch = to_device(batch, self.world.device)
+        Returns:
+            the batch; the signal that any rank got, else 0; whether to save now.
+
+        Raises:
+            UserError: the data of any rank cannot be read.
+        """
+        batch: Batch = {}
+        problem = None
+        try:
+            batch = next(self.batches)
+            check_scale(self.model, batch)
+            batch = to_device(batch, self.world.device)
+        except UserError as error:
+            problem = str(error)
+        limit_s = self.config.iter_save_s
+        # Rank 0 writes, so its clock counts.
+        overdue = limit_s is not None and time.monotonic() - self._saved_at >= limit_s
+        failed, signal_number, saving = max_over_ranks(
+            [int(problem is not None), signal_number, int(overdue and self.world.is_main)]
+        )
+        if failed:
+            fail_together(problem)
+        return batch, signal_number, bool(saving)
+
+    def _iterate(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        """One iteration; returns its losses, means over all ranks."""
         lr = batch["lr"]
         if self.config.channels_last:
             lr = lr.contiguous(memory_format=torch.channels_last)
         self.scheduler.set_step(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.world.device, self.config.precision):
-            losses = self.objective(lr, batch["hr"])
-        losses["loss"].backward()
+        losses = self.gradients(lr, batch["hr"])
         self.optimizer.step()
-        return {name: value.detach() for name, value in losses.items()}
+        return losses
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        data = self.config.train_dataset
-        if data is None:
-            raise UserError("config: key `train_dataset` is missing")
-        return train_batches(
-            data, seed=self.seed, start=self.start, stop=self.config.iter_max, world=self.world
-        )
-
-    def _validate(self, sets: list) -> list:
-        return validate(self.model, sets, psnr_type=self.config.psnr_type, world=self.world)
-
-    def _agreed_stop(self, number: int | None, done: int) -> int:
-        """The signal that any rank got; ranks agree at the same iteration."""
-        if not is_distributed():
-            return number or 0
-        flag = torch.tensor(float(number or 0), device=self.world.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag.item())
-
-    def _overdue(self, saved_at: float) -> bool:
-        """True where `iter_save_s` has passed; with several ranks rank 0's clock decides.
-
-        Only rank 0 writes, so the others need not agree.
-        """
-        limit = self.config.iter_save_s
-        return limit is not None and time.monotonic() - saved_at >= limit
-
-    def _check_finite(self, values: dict[str, Any], done: int) -> None:
-        bad = [name for name, value in values.items() if not math.isfinite(float(value))]
-        if bad:
-            raise UserError(
-                f"training diverged: {bad[0]} is not finite at iteration {done} "
-                f"(seed {self.seed}); the last good checkpoint is {self.last_path}: "
-                f"lower `optimizer.args.lr` and run again"
+    def _validate(self) -> list[tuple[float, list[ValidationRow]]]:
+        with self.gradients.all_threads():
+            return validate(
+                self.model,
+                self.validation,
+                psnr_type=self.config.psnr_type,  # type: ignore[arg-type]
+                world=self.world,
             )
 
-    # Checkpoints
+    def _check_finite(self, losses: dict[str, Tensor], done: int) -> None:
+        # All ranks see the same losses, so all come to the same end.
+        bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
+        if bad:
+            fail_together(self._divergence(bad[0], done))
 
-    def _save(self, iteration: int) -> None:
-        if not self.world.is_main:
-            return
-        content = {
-            "model": self._spec(self.config.model, self.model.state_dict()),
-            "optimizer": self._spec(self.config.optimizer or {}, self.optimizer.state_dict()),
-            "lr_scheduler": self._spec(self.scheduler_spec, self.scheduler.state_dict()),
-            "iter": iteration,
-            "seed": self.seed,
-            "rng": torch.get_rng_state(),
+    def _divergence(self, what: str, done: int) -> str:
+        kept = "no checkpoint was written yet"
+        if self.last_path.is_file():
+            kept = f"the last good checkpoint is kept, {self.last_path}"
+        return (
+            f"training diverged: {what} is not finite at iteration {done} (seed "
+            f"{self.start.seed}); {kept}: lower `optimizer.args.lr` and run again"
+        )
+
+    # The checkpoint
+
+    def _save(self, done: int) -> None:
+        together(lambda: self._write_checkpoint(done) if self.world.is_main else None)
+        self._saved_at = time.monotonic()
+
+    def _write_checkpoint(self, done: int) -> None:
+        states = {
+            "model": (self.config.model, self.model.state_dict()),
+            "optimizer": (self.specs["optimizer"], self.optimizer.state_dict()),
+            "lr_scheduler": (self.specs["lr_scheduler"], self.scheduler.state_dict()),
         }
-        save_checkpoint(self.last_path, content)
+        for name, tensor in states["model"][1].items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(self._divergence(name, done))
+        content = {
+            key: {"name": spec["name"], "args": dict(spec.get("args") or {}), "sd": state}
+            for key, (spec, state) in states.items()
+        }
+        rng = torch.get_rng_state()
+        save_checkpoint(
+            self.last_path, {**content, "iter": done, "seed": self.start.seed, "rng": rng}
+        )
 
-    @staticmethod
-    def _spec(spec: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-        return {"name": spec["name"], "args": dict(spec.get("args") or {}), "sd": state}
-
-    def _checkpoint_to_resume(self) -> dict[str, Any] | None:
-        resume = self.options.resume
-        if resume == "auto":
-            if not self.last_path.is_file():
-                return None
-            path = self.last_path
-        elif resume == "never":
-            self._set_aside()
-            return None
-        else:
-            path = Path(resume)
-        checkpoint = load_checkpoint(path)
-        if "optimizer" not in checkpoint or "iter" not in checkpoint:
-            raise UserError(f"checkpoint {path} holds weights only: training cannot resume from it")
-        check_same_model(self.config.model, checkpoint["model"], path)
-        return checkpoint
-
-    def _set_aside(self) -> None:
-        """Keep a checkpoint that a new run would overwrite, under a name of its own."""
-        if self.world.is_main and self.last_path.is_file():
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            kept = self.last_path.with_name(f"iter_last.before-{stamp}.pth")
-            self.last_path.rename(kept)
-            logger.info("starting anew; the checkpoint that was there is kept as %s", kept)
-
-    def _choose_seed(self, checkpoint: dict[str, Any] | None) -> int:
-        seed = self.config.seed
-        if seed is None and checkpoint is not None:
-            seed = checkpoint.get("seed")
-        if seed is None:
-            seed = gather_objects(secrets.randbits(31))[0]
-        return int(seed)
-
-    def _load_phase0(self) -> None:
-        path = phase0_weights(self.config, self.options)
-        checkpoint = load_checkpoint(path)
-        check_same_model(self.config.model, checkpoint["model"], path)
-        state = {k.removeprefix("module."): v for k, v in checkpoint["model"]["sd"].items()}
-        own = self.model.state_dict()
-        fresh = {k for k in own if k.startswith(("light_sampler", "classifier."))}
-        kept = {k: v for k, v in state.items() if k not in fresh}
-        load_weights(self.model, {**{k: own[k] for k in fresh}, **kept}, path)
-        logger.info("backbone and heavy upsampler from %s", path)
-
-    def _restore(self, checkpoint: dict[str, Any]) -> None:
-        load_weights(self.model, checkpoint["model"]["sd"], self.last_path)
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"]["sd"])
-            self.scheduler.load_state_dict({"step": self.start})
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"checkpoint {self.last_path}: its optimizer state does not fit the config "
-                f"({error}); start anew with --resume never"
-            ) from error
-        if "rng" in checkpoint:
+    def _load(self, checkpoint: dict[str, Any], path: Path) -> None:
+        if not self.start.resumes:
+            load_phase0(self.model, checkpoint["model"]["sd"], path)
+            return
+        load_weights(self.model, checkpoint["model"]["sd"], path)
+        load_optimizer(self.optimizer, checkpoint["optimizer"]["sd"], path)
+        self.scheduler.set_step(self.start.iteration)
+        if isinstance(checkpoint.get("rng"), Tensor):
             torch.set_rng_state(checkpoint["rng"])
-        logger.info("resumed at iteration %d", self.start)
 
     # What one sees
 
-    def _announce(self) -> None:
-        if not self.world.is_main:
-            return
-        self.options.save_dir.mkdir(parents=True, exist_ok=True)
-        resolved = {**self.config.raw, "seed": self.seed}
-        write_text(self.options.save_dir / "config.yaml", dump_yaml(resolved))
+    def _open_folder(self) -> None:
+        save_dir, start = self.options.save_dir, self.start
+        remove_leftovers(self.last_path)
+        kept = None if start.resumes else set_aside(save_dir)
+        add_file(save_dir / LOG_NAME)
+        write_text(save_dir / CONFIG_NAME, dump_yaml({**self.config.raw, "seed": start.seed}))
+        if kept is not None:
+            logger.info("starting anew; the run that was there is kept in %s", kept)
+        if start.resumes:
+            logger.info("resumed at iteration %d from %s", start.iteration, start.path)
+            self._log_changes()
+        elif start.path is not None:
+            logger.info("backbone and heavy upsampler from %s", start.path)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         logger.info(
@@ -295,16 +272,24 @@ class Trainer:
             self.world.device,
             self.world.size,
             self.config.precision,
-            self.seed,
+            start.seed,
             total / 1e3,
             trained / 1e3,
-            self.start,
+            start.iteration,
             self.config.iter_max,
         )
 
+    def _log_changes(self) -> None:
+        """Say where the config has changed since the checkpoint: it is the config that counts."""
+        for key, spec in self.specs.items():
+            saved = (self.start.checkpoint or {})[key].get("args")
+            now = dict(spec.get("args") or {})
+            if saved is not None and saved != now:
+                logger.info("`%s` was %s and is now %s, as the config says", key, saved, now)
+
     def _progress(self) -> tqdm:
         return tqdm(
-            initial=self.start,
+            initial=self.start.iteration,
             total=self.config.iter_max,
             desc=self.config.name,
             unit="it",
@@ -313,34 +298,14 @@ class Trainer:
         )
 
     def _recorder(self) -> Recorder:
-        return Recorder(self.options.save_dir if self.world.is_main else None)
+        return Recorder(
+            self.options.save_dir if self.world.is_main else None,
+            start=self.start.iteration,
+            end=self.config.iter_max,
+            batch_size=self.data.batch_size,
+        )
 
 
-def phase0_weights(config: Config, options: TrainOptions) -> Path:
-    """Where phase 1 starts: ``--init``, the config's `init`, or the phase 0 config's weights.
-
-    Raises:
-        UserError: there are none.
-    """
-    named = options.init or config.init
-    if named is not None:
-        return Path(named)
-    folder = options.save_dir.with_name(config.name.replace("phase1", "phase0"))
-    for place in (folder, Path("save") / folder.name):
-        try:
-            return find_weights(place)
-        except UserError:
-            continue
-    raise UserError(
-        f"phase 1 starts from phase 0's weights, and {folder} has none: train phase 0, "
-        f"or name a checkpoint with --init"
-    )
-
-
-def train(config: Config, options: TrainOptions, world: World) -> int:
-    """Train `config`, resuming as `options` say. Returns the process's exit code.
-
-    Raises:
-        UserError: anything that the user can put right.
-    """
-    return Trainer(config, options, world).run()
+def _is_due(done: int, every: int, end: int) -> bool:
+    """True after each `every` iterations (0: never), and at the end."""
+    return done == end or (every > 0 and done % every == 0)

@@ -1,8 +1,10 @@
 """Validation while training: whole images, no refinement, shared out over the ranks."""
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,10 @@ from engine.restore import OriginalRestorer, PcsrRestorer, Restored
 from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
 from models.routing import FixedRouting, KRouting
-from utils.distributed import World, gather_objects
+from utils.distributed import World, gather_objects, together
 from utils.metrics import PsnrType, psnr
 
-logger = logging.getLogger(__name__)
+Restore = Callable[[Tensor, tuple[int, int]], Restored]
 
 
 @dataclass(frozen=True)
@@ -44,32 +46,43 @@ def validate(
     psnr_type: PsnrType,
     world: World,
 ) -> list[tuple[float, list[ValidationRow]]]:
-    """Evaluate `model` on every set; every rank gets the same result.
+    """Evaluate `model` on every set; every rank gets the result that one process would get.
 
     Returns:
         (scale, rows) per set.
+
+    Raises:
+        UserError: an image that cannot be read, or a model whose scale is not the image's.
     """
     was_training = model.training
     model.eval()
     restorers = _restorers(model)
     results = []
     for scale, samples in sets:
-        figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in restorers}
-        for _, sample in rank_share(samples, world):
-            lr, hr = sample["lr"].to(world.device), sample["hr"].to(world.device)
-            for name, restore in restorers.items():
-                figures[name].append(_figures(restore, lr, hr, psnr_type))
-        shares = gather_objects(figures)
+        share = together(partial(_rank_figures, restorers, samples, psnr_type, world))
+        # In the order of the images, whichever rank had them: sums then round alike.
+        images = [row for _, row in sorted(chain(*gather_objects(share)))]
         rows = []
-        for name in restorers:
-            values = torch.tensor([v for share in shares for v in share[name]]).mean(dim=0)
-            rows.append(ValidationRow(name, *values.tolist()))
+        for column, name in enumerate(restorers):
+            psnrs, gflops, heavy = zip(*(image[column] for image in images), strict=True)
+            rows.append(ValidationRow(name, fmean(psnrs), fmean(gflops), fmean(heavy)))
         results.append((scale, rows))
     model.train(was_training)
     return results
 
 
-def _restorers(model: nn.Module) -> dict[str, Callable[[Tensor, tuple[int, int]], Restored]]:
+def _rank_figures(
+    restorers: dict[str, Restore], samples: Dataset, psnr_type: PsnrType, world: World
+) -> list[tuple[int, list[tuple[float, float, float]]]]:
+    """Index of each of this rank's images, and its figures by each restorer."""
+    figures = []
+    for index, sample in rank_share(samples, world):
+        lr, hr = sample["lr"].to(world.device), sample["hr"].to(world.device)
+        figures.append((index, [_figures(r, lr, hr, psnr_type) for r in restorers.values()]))
+    return figures
+
+
+def _restorers(model: nn.Module) -> dict[str, Restore]:
     if not isinstance(model, PCSR):
         assert isinstance(model, SRNetwork)
         restorer = OriginalRestorer(model)
@@ -83,7 +96,7 @@ def _restorers(model: nn.Module) -> dict[str, Callable[[Tensor, tuple[int, int]]
 
 
 def _figures(
-    restore: Callable[[Tensor, tuple[int, int]], Restored],
+    restore: Restore,
     lr: Tensor,
     hr: Tensor,
     psnr_type: PsnrType,

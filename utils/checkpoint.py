@@ -145,18 +145,18 @@ def check_same_model(config_spec: Mapping[str, Any], spec: Mapping[str, Any], pa
     """
     if "name" not in spec:
         return
-    ours, theirs = _full_args(config_spec), _full_args(spec)
     pcsr = all(s["name"].startswith("pcsr") for s in (config_spec, spec))
     if config_spec["name"] != spec["name"] and not pcsr:
         raise UserError(
             f"checkpoint {path} holds `{spec['name']}`, the config asks for `{config_spec['name']}`"
         )
-    for key in ours.keys() & theirs.keys():
-        if ours[key] != theirs[key]:
-            raise UserError(
-                f"checkpoint {path} is of another model: its `{key}` is {theirs[key]}, "
-                f"the config's is {ours[key]}"
-            )
+    found = _first_difference(_full_args(config_spec), _full_args(spec))
+    if found is not None:
+        key, ours, theirs = found
+        raise UserError(
+            f"checkpoint {path} is of another model: its `{key}` is {theirs}, "
+            f"the config's is {ours}"
+        )
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -205,9 +205,27 @@ def _full_args(spec: Mapping[str, Any]) -> dict[str, Any]:
         args = {**models.MODELS.defaults(spec["name"]), **args}
     args.pop("data_norm", None)
     return {
-        key: _full_args(value) if isinstance(value, Mapping) and "name" in value else value
+        key: {"name": value["name"], "args": _full_args(value)}
+        if isinstance(value, Mapping) and "name" in value
+        else value
         for key, value in args.items()
     }
+
+
+def _first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """Path and values of the first key that both have and that differs."""
+    for key in ours:
+        if key not in theirs or ours[key] == theirs[key]:
+            continue
+        if isinstance(ours[key], Mapping) and isinstance(theirs[key], Mapping):
+            found = _first_difference(ours[key], theirs[key])
+            if found is not None:
+                return f"{key}.{found[0]}", *found[1:]
+            continue
+        return key, ours[key], theirs[key]
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,18 +1,24 @@
-"""Processes: set-up from torchrun's environment, reductions, and batch norm over all ranks."""
+"""Processes: set-up from torchrun's environment, reductions, and errors that end all of them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.cli import EXIT_USER_ERROR, one_line
 from utils.device import pick_device
 from utils.errors import UserError
+
+T = TypeVar("T")
+
+# Exit code of the ranks that leave it to rank 0 to say what is wrong: that of a user's error.
+_EXIT_QUIET = EXIT_USER_ERROR
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,12 @@ class World:
 def world(device_name: str = "auto", gpu: str | None = None) -> Iterator[World]:
     """Join the process group that torchrun's environment describes; one process without it.
 
-    On GPUs each process takes the one of its LOCAL_RANK and talks through NCCL, on the CPU gloo.
+    On GPUs each process takes the one of its LOCAL_RANK and talks through NCCL (through gloo
+    where the data is on the CPU), on the CPU gloo alone.
 
     Raises:
-        UserError: the device does not exist, or there are more local processes than GPUs.
+        UserError: the device does not exist, there are more local processes than GPUs, or, from
+            the body, another process of the group has ended.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
@@ -50,16 +58,30 @@ def world(device_name: str = "auto", gpu: str | None = None) -> Iterator[World]:
         return
     device = pick_device(device_name)
     if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"several processes on `{device.type}` are not supported: use --nproc 1")
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise UserError(
+            f"process {dist.get_rank()} lost the connection to another process of this run, "
+            f"which must have ended ({str(error).splitlines()[0]})"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """True for what collectives raise when a peer is gone."""
+    words = ("connection", "gloo", "pair closure", "socket", "nccl")
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 
 def is_distributed() -> bool:
@@ -76,6 +98,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def max_over_ranks(values: list[int]) -> list[int]:
+    """The largest of each value over all ranks."""
+    if not is_distributed():
+        return values
+    largest = torch.tensor(values)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in the order of ranks, on every rank."""
     if not is_distributed():
@@ -85,60 +116,47 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is the sum of all ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return sum_over_ranks(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return sum_over_ranks(grad)
+def broadcast_state(module: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if is_distributed():
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
-def differentiable_sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of `values` over all ranks; every rank's gradient reaches every rank's `values`."""
-    return _SumOverRanks.apply(values) if is_distributed() else values
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; where it fails on one, all end with one message.
 
+    `action` must not talk to other ranks itself.
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics in training are those of all ranks' samples, on any device.
-
-    torch's own SyncBatchNorm works on GPUs only. In eval mode, and with one process, it is
-    ``nn.BatchNorm2d``.
+    Raises:
+        UserError: on rank 0, where `action` fails on any rank; the others then exit quietly.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and is_distributed()):
-            return super().forward(x)
-        dims = (0, 2, 3)
-        count = sum_over_ranks(x.new_tensor(x.numel() / x.shape[1], dtype=torch.float64)).item()
-        x32 = x.float()
-        mean = differentiable_sum_over_ranks(x32.sum(dims)) / count
-        centred = x32 - mean[:, None, None]
-        var = differentiable_sum_over_ranks((centred * centred).sum(dims)) / count
-        self._track(mean.detach(), var.detach() * count / max(count - 1, 1))
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(unbiased_var, self.momentum)
+    if not is_distributed():
+        return action()
+    try:
+        result, problem = action(), None
+    except (ValueError, OSError) as error:
+        result, problem = None, one_line(error)
+    fail_together(problem)
+    return result  # type: ignore[return-value]
 
 
-def synchronise_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace every ``BatchNorm2d`` below `module` by one over all ranks, in place."""
-    for name, child in module.named_children():
-        if type(child) is not nn.BatchNorm2d:
-            synchronise_batch_norm(child)
-            continue
-        synced = SyncBatchNorm(child.num_features, child.eps, child.momentum)
-        synced.load_state_dict(child.state_dict())
-        synced.train(child.training).requires_grad_(child.weight.requires_grad)
-        setattr(module, name, synced.to(child.weight.device))
-    return module
+def on_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone, and return its result on every rank; errors as `together`."""
+    is_main = not is_distributed() or dist.get_rank() == 0
+    result = together(lambda: action() if is_main else None)
+    return gather_objects(result)[0]
+
+
+def fail_together(problem: str | None) -> None:
+    """End all ranks with one message, where any of them has a `problem`. Every rank must call it.
+
+    Raises:
+        UserError: on rank 0; the other ranks exit quietly, as its message is the one to read.
+    """
+    problems = [found for found in gather_objects(problem) if found is not None]
+    if not problems:
+        return
+    if is_distributed() and dist.get_rank() > 0:
+        raise SystemExit(_EXIT_QUIET)
+    raise UserError(problems[0])

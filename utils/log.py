@@ -18,11 +18,19 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-def set_up(log_file: Path | None = None, *, main: bool = True) -> None:
-    """Send log records to the console and, if given, to `log_file` (appended).
+class _FileHandler(logging.FileHandler):
+    """A full disk ends the run with its message, not with a traceback in mid-air."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Pass the error on to whoever logs."""
+        raise
+
+
+def set_up(*, main: bool = True) -> None:
+    """Send log records to the console.
 
     Args:
-        main: False on ranks other than 0: only errors are shown, and no file is written.
+        main: False on ranks other than 0, which show only errors.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -33,8 +41,11 @@ def set_up(log_file: Path | None = None, *, main: bool = True) -> None:
     console.setLevel(logging.INFO if main else logging.ERROR)
     root.addHandler(console)
     root.setLevel(logging.INFO)
-    if log_file is not None and main:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(log_file, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        root.addHandler(file)
+
+
+def add_file(path: Path) -> None:
+    """From now on, append log records to `path`, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = _FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger().addHandler(handler)

@@ -1,0 +1,159 @@
+"""Where a training run starts: anew, from phase 0's weights, or at a checkpoint."""
+
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.recorder import METRICS_NAME
+from utils.checkpoint import LAST_NAME, check_same_model, find_weights, load_checkpoint
+from utils.config import Config
+from utils.errors import UserError
+
+LOG_NAME = "log.txt"
+CONFIG_NAME = "config.yaml"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the command line decides.
+
+    Attributes:
+        save_dir: folder of the run.
+        resume: "auto" (continue where `save_dir` stands), "never", or a checkpoint's path.
+        init: phase 1: the phase 0 weights to start from; None for the config's.
+    """
+
+    save_dir: Path
+    resume: str = "auto"
+    init: str | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state that a run starts with.
+
+    Attributes:
+        iteration: iterations done.
+        seed: of weights and samples.
+        path: where `checkpoint` is from; None where there is none.
+        checkpoint: the run's own, to continue it; or, at iteration 0 of phase 1, phase 0's.
+        resumes: which of the two.
+    """
+
+    iteration: int
+    seed: int
+    path: Path | None = None
+    checkpoint: dict[str, Any] | None = None
+    resumes: bool = False
+
+
+def find_start(config: Config, options: TrainOptions) -> Start:
+    """Decide where to start, and read the checkpoint for it.
+
+    Nothing is written; see :func:`set_aside` for what an earlier run left.
+
+    Raises:
+        UserError: a checkpoint that is missing, damaged, of another model, or holds no more than
+            weights; phase 1 without phase 0's weights.
+    """
+    path = _checkpoint_to_resume(options)
+    if path is not None:
+        return _resumed(config, path)
+    seed = secrets.randbits(31) if config.seed is None else config.seed
+    if config.phase == 1:
+        path = phase0_weights(config, options)
+        checkpoint = load_checkpoint(path)
+        check_same_model(config.model, checkpoint["model"], path)
+        return Start(0, seed, path, checkpoint)
+    return Start(0, seed)
+
+
+def phase0_weights(config: Config, options: TrainOptions) -> Path:
+    """Where phase 1 starts: ``--init``, the config's `init`, or the phase 0 config's weights.
+
+    Raises:
+        UserError: there are none.
+    """
+    named = options.init or config.init
+    if named is not None:
+        return Path(named).expanduser()
+    name = config.name.replace("phase1", "phase0")
+    if name == config.name:
+        raise UserError(
+            f"phase 1 starts from phase 0's weights: name them with --init, as the name of the "
+            f"config, {config.name}, does not tell that of its phase 0"
+        )
+    beside = options.save_dir.with_name(name)
+    for folder in (beside, Path("save") / name):
+        try:
+            return find_weights(folder)
+        except UserError:
+            continue
+    raise UserError(
+        f"phase 1 starts from phase 0's weights, and {beside} has none: train phase 0 first, "
+        f"or name a checkpoint with --init"
+    )
+
+
+def _checkpoint_to_resume(options: TrainOptions) -> Path | None:
+    if options.resume == "never":
+        return None
+    if options.resume != "auto":
+        return Path(options.resume).expanduser()
+    last = options.save_dir / LAST_NAME
+    return last if last.exists() else None
+
+
+def _resumed(config: Config, path: Path) -> Start:
+    checkpoint = load_checkpoint(path)
+    iteration = checkpoint.get("iter")
+    complete = all(isinstance(checkpoint.get(key), dict) for key in ("optimizer", "lr_scheduler"))
+    if not complete or not isinstance(iteration, int) or "name" not in checkpoint["model"]:
+        raise UserError(
+            f"checkpoint {path} holds weights only, so training cannot resume from it; start anew "
+            f"with --resume never"
+        )
+    check_same_model(config.model, checkpoint["model"], path)
+    if config.model["name"] != checkpoint["model"]["name"]:
+        raise UserError(
+            f"checkpoint {path} holds `{checkpoint['model']['name']}`, the config trains "
+            f"`{config.model['name']}`: start anew with --resume never"
+        )
+    saved_seed = checkpoint.get("seed")
+    seed = saved_seed if config.seed is None else config.seed
+    if seed is None:
+        seed = secrets.randbits(31)
+    elif saved_seed is not None and seed != saved_seed:
+        logger.info("the seed was %s and is now %s, as the config says", saved_seed, seed)
+    return Start(iteration, int(seed), path, checkpoint, resumes=True)
+
+
+def set_aside(save_dir: Path) -> Path | None:
+    """Move an earlier run's files, which a new one would overwrite or mix with its own.
+
+    Released weights stay. Returns the folder that they are in now; None where there were none.
+    """
+    names = (LAST_NAME, METRICS_NAME, LOG_NAME, CONFIG_NAME)
+    found = [path for name in names if (path := save_dir / name).exists()]
+    found += save_dir.glob("events.out.*")
+    if not found:
+        return None
+    kept = _new_name(save_dir / time.strftime("before-%Y%m%d-%H%M%S"))
+    kept.mkdir()
+    for path in found:
+        path.rename(kept / path.name)
+    return kept
+
+
+def _new_name(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that is free."""
+    name, number = path, 1
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}-{number}")
+    return name

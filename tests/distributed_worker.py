@@ -1,0 +1,88 @@
+"""One of the processes that tests/test_distributed.py starts, with torchrun's environment.
+
+``python -m tests.distributed_worker JOB FOLDER``
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from engine.trainer import Trainer
+from tests.training import KINDS, make_config, raw_config, run
+from utils.checkpoint import LAST_NAME
+from utils.cli import run as run_script
+from utils.config import check_config
+from utils.distributed import World, world
+from utils.log import set_up
+
+
+def every_kind(folder: Path, current: World) -> int:
+    """All models, both phases; validation once; and at last what every rank finds wrong."""
+    for kind in KINDS:
+        init = folder / "one" / kind.replace("phase1", "phase0") / LAST_NAME
+        config = make_config(kind, folder / "pictures", iter_max=4, iter_save=2)
+        run(config, folder / "two" / kind, current, init=str(init))
+    data = raw_config("fsrcnn", folder / "pictures")["train_dataset"]
+    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    valid = {"dataset": data["dataset"], "wrapper": wrapper}
+    config = make_config("carn", folder / "pictures", iter_max=1, valid_dataset=valid)
+    run(config, folder / "two" / "validated", current)
+    return run(make_config("fsrcnn", folder / "no-such-folder"), folder / "wrong", current)
+
+
+def damaged_picture(folder: Path, current: World) -> int:
+    """A picture that one rank meets first."""
+    raw = raw_config("fsrcnn", folder / "damaged", iter_max=50)
+    raw["train_dataset"]["dataset"]["args"]["cache"] = "none"
+    return run(check_config(raw, "fsrcnn"), folder / "damaged-run", current)
+
+
+def killed_rank(folder: Path, current: World) -> int:
+    """The last rank is killed in its third iteration."""
+    if current.rank == current.size - 1:
+        _at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    config = make_config("fsrcnn", folder / "pictures", iter_max=1000)
+    return run(config, folder / "killed-run", current)
+
+
+def signalled_rank(folder: Path, current: World) -> int:
+    """One rank alone gets SIGTERM."""
+    if current.rank == 1:
+        _at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    config = make_config("fsrcnn", folder / "pictures", iter_max=1000)
+    return run(config, folder / "signalled-run", current)
+
+
+def _at_step(step: int, action: object) -> None:
+    iterate = Trainer._iterate
+
+    def iterate_and_act(self: Trainer, current: int, batch: dict) -> dict:
+        if current == step:
+            action()  # type: ignore[operator]
+        return iterate(self, current, batch)
+
+    Trainer._iterate = iterate_and_act  # type: ignore[assignment,method-assign]
+
+
+JOBS = {job.__name__: job for job in (every_kind, damaged_picture, killed_rank, signalled_rank)}
+
+
+def main() -> int:
+    """Join the group and do the job."""
+    threading.Timer(240, lambda: os._exit(99)).start()  # never outlive the test
+    torch.set_num_threads(1)
+    with world("cpu") as current:
+        set_up(main=current.is_main)
+        return JOBS[sys.argv[1]](Path(sys.argv[2]), current)
+
+
+if __name__ == "__main__":
+    try:
+        run_script(main)
+    except SystemExit as end:
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))  # without waiting for the timer

@@ -1,0 +1,141 @@
+"""Several processes: the result of one, and one clear end."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import (
+    KINDS,
+    checkpoint_of,
+    differences,
+    make_config,
+    make_pictures,
+    metrics_of,
+    raw_config,
+    run,
+)
+from utils.checkpoint import LAST_NAME
+from utils.distributed import (
+    World,
+    fail_together,
+    gather_objects,
+    max_over_ranks,
+    on_main,
+    together,
+)
+from utils.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 240
+
+
+def free_port() -> int:
+    """A port that no one listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(job: str, folder: Path, size: int = 2) -> list[tuple[int, str]]:
+    """Run tests/distributed_worker.py in `size` processes; exit code and stderr of each."""
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [sys.executable, "-m", "tests.distributed_worker", job, str(folder)]
+    processes = [
+        subprocess.Popen(
+            words,
+            cwd=REPOSITORY,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
+    """To the bit, for every model and phase, batch statistics and optimiser included.
+
+    The processes end with a mistake that both make, of which only rank 0 speaks.
+    """
+    pictures = make_pictures(tmp_path / "pictures")
+    for kind in KINDS:
+        run(make_config(kind, pictures, iter_max=4), tmp_path / "one" / kind)
+    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    data = raw_config("fsrcnn", pictures)["train_dataset"]
+    valid = {"dataset": data["dataset"], "wrapper": wrapper}
+    config = make_config("carn", pictures, iter_max=1, valid_dataset=valid)
+    run(config, tmp_path / "one" / "validated")
+
+    ended = start("every_kind", tmp_path)
+    assert [code for code, _ in ended] == [2, 2], ended
+    (line,) = lines(ended[0][1])
+    assert "no-such-folder" in line
+    assert ended[1][1].strip() == "", "rank 1 says nothing"
+    for kind in (*KINDS, "validated"):
+        one, two = (checkpoint_of(tmp_path / count / kind) for count in ("one", "two"))
+        assert not differences(one, two), kind
+    rows = [metrics_of(tmp_path / count / "validated") for count in ("one", "two")]
+    figures = [[r for r in found if r["kind"] == "valid"] for found in rows]
+    assert figures[0] == figures[1] and len(figures[0]) == 1
+
+
+def test_damaged_picture_on_one_rank_ends_all_with_one_line(tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "damaged", count=9)
+    path = folder / "4.png"
+    path.write_bytes(path.read_bytes()[:300])
+    ended = start("damaged_picture", tmp_path)
+    assert [code for code, _ in ended] == [2, 2], ended
+    (line,) = lines(ended[0][1] + ended[1][1])
+    assert "4.png" in line and lines(ended[0][1]) == [line]
+
+
+def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures")
+    ended = start("killed_rank", tmp_path)
+    assert ended[1][0] == -9 and ended[0][0] == 2, ended
+    (line,) = lines(ended[0][1])
+    assert "lost the connection to another process" in line
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures")
+    ended = start("signalled_rank", tmp_path)
+    assert [code for code, _ in ended] == [143, 143], ended
+    assert checkpoint_of(tmp_path / "signalled-run")["iter"] == 3
+    assert (tmp_path / "signalled-run" / LAST_NAME).is_file()
+
+
+def test_one_process_needs_no_group() -> None:
+    def fail() -> None:
+        raise FileNotFoundError("x")
+
+    assert on_main(lambda: 3) == together(lambda: 3) == 3
+    assert gather_objects("a") == ["a"] and max_over_ranks([1, 2]) == [1, 2]
+    assert World(0, 1, torch.device("cpu")).is_main
+    fail_together(None)
+    with pytest.raises(UserError, match="broken"):
+        fail_together("broken")
+    with pytest.raises(FileNotFoundError):
+        together(fail)
