@@ -70,8 +70,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to `iter_max`. Returns the exit code."""
-        if self.world.is_main:
-            self._open_folder()
+        together(lambda: self._open_folder() if self.world.is_main else None)
         # No checkpoint yet: one without any training would stand in for released weights.
         self._saved_at = time.monotonic()
         with (
@@ -130,10 +129,12 @@ class Trainer:
             began = time.monotonic()
             batch, signal_number, overdue = self._next_batch(stop.number)
             waited_s = time.monotonic() - began
-            if signal_number or overdue:
+            # Never untrained weights: in their place, released ones are taken.
+            if step > 0 and (signal_number or overdue):
                 self._save(step)
             if signal_number:
-                logger.info("stopped by signal %d: saved at iteration %d", signal_number, step)
+                where = f"saved at iteration {step}" if step else "before the first iteration"
+                logger.info("stopped by signal %d: %s", signal_number, where)
                 return 128 + signal_number
             losses = self._iterate(step, batch)
             done = step + 1

@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
     ended = start("killed_rank", tmp_path)
     assert ended[1][0] == -9 and ended[0][0] == 2, ended
     (line,) = lines(ended[0][1])
-    assert "lost the connection to another process" in line
+    assert "lost the connection: another process of this run has ended" in line
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:

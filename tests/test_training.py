@@ -310,6 +310,19 @@ def test_failed_start_leaves_no_untrained_checkpoint(pictures: Path, tmp_path: P
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
+def test_a_signal_before_the_first_iteration_leaves_no_checkpoint(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_batch = Trainer._next_batch
+
+    def signal_first(self: Trainer, number: int) -> Any:
+        return next_batch(self, number or signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_next_batch", signal_first)
+    assert run(make_config("fsrcnn", pictures, iter_save_s=0), tmp_path) == 143
+    assert not (tmp_path / LAST_NAME).exists()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_divergence_keeps_the_last_good_checkpoint(
     value: float, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

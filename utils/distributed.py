@@ -70,8 +70,7 @@ def world(device_name: str = "auto", gpu: str | None = None) -> Iterator[World]:
         if not _is_lost_connection(error):
             raise
         raise UserError(
-            f"process {dist.get_rank()} lost the connection to another process of this run, "
-            f"which must have ended ({str(error).splitlines()[0]})"
+            f"process {dist.get_rank()} lost the connection: another process of this run has ended"
         ) from error
     finally:
         dist.destroy_process_group()
