@@ -1,0 +1,56 @@
+"""Fused GPU kernels in Triton, and whether they can be used here.
+
+Importing this package needs no Triton; importing its other modules does. CUDA builds of torch
+bring it. With ``TRITON_INTERPRET=1`` in the environment before Triton is first imported, Triton's
+interpreter runs the kernels on a CPU: slowly, for tests.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+# The first with matrix units for bf16 and for float32 in parts.
+_LEAST_CAPABILITY = (8, 0)
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels run on `device`."""
+    return why_unavailable(device) is None
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Why the kernels do not run on `device`; None where they do."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the kernels are for CUDA GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "the kernels are for CUDA GPUs"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _LEAST_CAPABILITY:
+        return f"compute capability 8.0 or newer is needed, this GPU has {major}.{minor}"
+    return _failure(device)
+
+
+@functools.cache
+def _failure(device: torch.device) -> str | None:
+    """What happens when a kernel is compiled and run: Triton needs a C compiler, for one."""
+    from models.kernels.partition import Partition
+
+    try:
+        classes = torch.tensor([[[1, 0, 1]]], dtype=torch.uint8, device=device)
+        counts = Partition.of(classes, 2).counts()
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        _log.warning("the fused kernels cannot be used, plain torch is: %s", reason[0])
+        return reason[0]
+    return None if counts == [1, 2] else f"a test kernel counted {counts} instead of [1, 2]"
