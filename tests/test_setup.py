@@ -53,6 +53,7 @@ def test_every_requirement_is_pinned_at_or_above_its_lower_bound(name: str) -> N
 def test_every_import_is_required() -> None:
     packages = {**requirements("requirements.txt"), **requirements("requirements-dev.txt")}
     known = {IMPORTED_AS.get(package, package) for package in packages} | sys.stdlib_module_names
+    known |= {"triton"}  # comes with CUDA builds of torch; without it the kernels are not used
     own = {path.name.removesuffix(".py") for path in ROOT.iterdir()}
     for path in ROOT.rglob("*.py"):
         if ".venv" in path.parts or "local" in path.parts:
