@@ -23,6 +23,8 @@ DEFAULT_MICROBATCHES = 4
 class BatchGradients:
     """Computes the gradient of an objective's ``loss`` over the batches of all ranks.
 
+    A context manager: threads live while it is entered.
+
     Args:
         objective: takes (lr, hr), returns scalars by name, "loss" among them, each a mean over
             the samples that it was given.
@@ -50,34 +52,35 @@ class BatchGradients:
         self._world = world
         self._precision = precision
         self._pool: ThreadPoolExecutor | None = None
+        self._threads = torch.get_num_threads()
         if microbatches is None:
             microbatches = DEFAULT_MICROBATCHES if precision == "fp32" else 1
         self._count = world.size
+        self._own = 0
         if world.device.type == "cpu" and microbatches > 1:
             count = math.gcd(batch_size, microbatches)
             self._count = count if count % world.size == 0 else world.size
-            self._use_threads(self._count // world.size)
+            self._own = self._count // world.size
+            self._meeting = Meeting(self._own, min(self._own, self._threads))
         if self._count > 1:
             synchronise_batch_norm(objective)
 
-    def _use_threads(self, own: int) -> None:
-        self._own = own
-        self._threads = torch.get_num_threads()
-        self._meeting = Meeting(own, min(own, self._threads))
-        self._pool = ThreadPoolExecutor(own, initializer=torch.set_num_threads, initargs=(1,))
-
     def __enter__(self) -> "BatchGradients":
-        if self._pool is not None:
+        if self._own:
             torch.set_num_threads(1)
+            self._pool = ThreadPoolExecutor(
+                self._own, initializer=torch.set_num_threads, initargs=(1,)
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+            self._pool = None
             torch.set_num_threads(self._threads)
 
     def __call__(self, lr: Tensor, hr: Tensor) -> Losses:
-        """Set every parameter's ``grad``.
+        """Set every parameter's ``grad``. To be called within ``with``, which holds the threads.
 
         Args:
             lr, hr: this rank's (B, 3, h, w) and (B, 3, H, W).
@@ -85,9 +88,9 @@ class BatchGradients:
         Returns:
             the objective's values, detached, as means over all ranks' samples.
         """
-        if self._pool is None and self._count == 1:
+        if self._own == 0 and self._count == 1:
             return self._whole(lr, hr)
-        total, names = self._added_up(lr, hr) if self._pool else self._flat(lr, hr)
+        total, names = self._added_up(lr, hr) if self._own else self._flat(lr, hr)
         total = sum_over_ranks(total) / self._count
         sizes = [parameter.numel() for parameter in self._parameters]
         *grads, losses = total.split([*sizes, len(names)])
@@ -124,7 +127,7 @@ class BatchGradients:
             lr.device.type,
             torch.bfloat16,
             enabled=self._precision == "bf16",
-            cache_enabled=self._pool is None,
+            cache_enabled=self._own == 0,
         ):
             losses = self._objective(lr, hr)
         grads = torch.autograd.grad(losses["loss"], self._parameters)

@@ -1,21 +1,13 @@
 """Where a training run starts: anew, from phase 0's weights, or at a checkpoint."""
 
-import logging
 import secrets
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.recorder import METRICS_NAME
 from utils.checkpoint import LAST_NAME, check_same_model, find_weights, load_checkpoint
 from utils.config import Config
 from utils.errors import UserError
-
-LOG_NAME = "log.txt"
-CONFIG_NAME = "config.yaml"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class Start:
 def find_start(config: Config, options: TrainOptions) -> Start:
     """Decide where to start, and read the checkpoint for it.
 
-    Nothing is written; see :func:`set_aside` for what an earlier run left.
+    Nothing is written; see `engine.run_folder` for what an earlier run left.
 
     Raises:
         UserError: a checkpoint that is missing, damaged, of another model, or holds no more than
@@ -112,7 +104,8 @@ def _checkpoint_to_resume(options: TrainOptions) -> Path | None:
 def _resumed(config: Config, path: Path) -> Start:
     checkpoint = load_checkpoint(path)
     iteration = checkpoint.get("iter")
-    complete = all(isinstance(checkpoint.get(key), dict) for key in ("optimizer", "lr_scheduler"))
+    parts = [checkpoint.get(key) for key in ("optimizer", "lr_scheduler")]
+    complete = all(isinstance(part, dict) and "sd" in part for part in parts)
     if not complete or not isinstance(iteration, int) or "name" not in checkpoint["model"]:
         raise UserError(
             f"checkpoint {path} holds weights only, so training cannot resume from it; start anew "
@@ -124,36 +117,7 @@ def _resumed(config: Config, path: Path) -> Start:
             f"checkpoint {path} holds `{checkpoint['model']['name']}`, the config trains "
             f"`{config.model['name']}`: start anew with --resume never"
         )
-    saved_seed = checkpoint.get("seed")
-    seed = saved_seed if config.seed is None else config.seed
-    if seed is None:
+    seed = checkpoint.get("seed") if config.seed is None else config.seed
+    if not isinstance(seed, int):
         seed = secrets.randbits(31)
-    elif saved_seed is not None and seed != saved_seed:
-        logger.info("the seed was %s and is now %s, as the config says", saved_seed, seed)
-    return Start(iteration, int(seed), path, checkpoint, resumes=True)
-
-
-def set_aside(save_dir: Path) -> Path | None:
-    """Move an earlier run's files, which a new one would overwrite or mix with its own.
-
-    Released weights stay. Returns the folder that they are in now; None where there were none.
-    """
-    names = (LAST_NAME, METRICS_NAME, LOG_NAME, CONFIG_NAME)
-    found = [path for name in names if (path := save_dir / name).exists()]
-    found += save_dir.glob("events.out.*")
-    if not found:
-        return None
-    kept = _new_name(save_dir / time.strftime("before-%Y%m%d-%H%M%S"))
-    kept.mkdir()
-    for path in found:
-        path.rename(kept / path.name)
-    return kept
-
-
-def _new_name(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that is free."""
-    name, number = path, 1
-    while name.exists():
-        number += 1
-        name = path.with_name(f"{path.name}-{number}")
-    return name
+    return Start(iteration, seed, path, checkpoint, resumes=True)

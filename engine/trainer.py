@@ -18,13 +18,13 @@ from engine.gradients import BatchGradients
 from engine.objectives import make_objective
 from engine.optim import OPTIMIZERS, SCHEDULERS, load_optimizer
 from engine.recorder import Recorder
-from engine.start import CONFIG_NAME, LOG_NAME, Start, TrainOptions, find_start, set_aside
+from engine.run_folder import open_folder
+from engine.start import Start, TrainOptions, find_start
 from engine.stop import StopSignal
 from engine.train_checks import check_model, check_scale, required_sections
 from engine.validation import ValidationRow, validate
-from utils.atomic import remove_leftovers, write_text
 from utils.checkpoint import LAST_NAME, load_phase0, load_weights, save_checkpoint
-from utils.config import Config, dump_yaml
+from utils.config import Config
 from utils.distributed import (
     World,
     broadcast_state,
@@ -34,7 +34,6 @@ from utils.distributed import (
     together,
 )
 from utils.errors import UserError
-from utils.log import add_file
 
 logger = logging.getLogger(__name__)
 
@@ -253,18 +252,7 @@ class Trainer:
     # What one sees
 
     def _open_folder(self) -> None:
-        save_dir, start = self.options.save_dir, self.start
-        remove_leftovers(self.last_path)
-        kept = None if start.resumes else set_aside(save_dir)
-        add_file(save_dir / LOG_NAME)
-        write_text(save_dir / CONFIG_NAME, dump_yaml({**self.config.raw, "seed": start.seed}))
-        if kept is not None:
-            logger.info("starting anew; the run that was there is kept in %s", kept)
-        if start.resumes:
-            logger.info("resumed at iteration %d from %s", start.iteration, start.path)
-            self._log_changes()
-        elif start.path is not None:
-            logger.info("backbone and heavy upsampler from %s", start.path)
+        open_folder(self.options.save_dir, self.config, self.start)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         logger.info(
@@ -273,20 +261,12 @@ class Trainer:
             self.world.device,
             self.world.size,
             self.config.precision,
-            start.seed,
+            self.start.seed,
             total / 1e3,
             trained / 1e3,
-            start.iteration,
+            self.start.iteration,
             self.config.iter_max,
         )
-
-    def _log_changes(self) -> None:
-        """Say where the config has changed since the checkpoint: it is the config that counts."""
-        for key, spec in self.specs.items():
-            saved = (self.start.checkpoint or {})[key].get("args")
-            now = dict(spec.get("args") or {})
-            if saved is not None and saved != now:
-                logger.info("`%s` was %s and is now %s, as the config says", key, saved, now)
 
     def _progress(self) -> tqdm:
         return tqdm(

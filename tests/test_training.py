@@ -266,6 +266,7 @@ def test_checkpoints_that_do_not_fit_are_named(pictures: Path, tmp_path: Path) -
     state = good["optimizer"]["sd"]
     cases = [
         ({"model": good["model"], "iter": 1}, "holds weights only"),
+        ({**good, "optimizer": {}}, "holds weights only"),
         ({**good, "optimizer": {"sd": {"state": {}, "param_groups": []}}}, "holds 0 tensors"),
         ({**good, "optimizer": {"sd": {"state": 3, "param_groups": state["param_groups"]}}}, "fit"),
         ({**good, "model": {**good["model"], "name": "carn"}}, "holds `carn`"),

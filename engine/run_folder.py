@@ -1,0 +1,73 @@
+"""The folder of a run: an earlier run's files, the log, the resolved config."""
+
+import logging
+import time
+from pathlib import Path
+
+from engine.recorder import METRICS_NAME
+from engine.start import Start
+from utils.atomic import remove_leftovers, write_text
+from utils.checkpoint import LAST_NAME
+from utils.config import Config, dump_yaml
+from utils.log import add_file
+
+LOG_NAME = "log.txt"
+CONFIG_NAME = "config.yaml"
+
+logger = logging.getLogger(__name__)
+
+
+def open_folder(save_dir: Path, config: Config, start: Start) -> None:
+    """Make the folder ready for a run: from here on it is logged there.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    remove_leftovers(save_dir / LAST_NAME)
+    kept = None if start.resumes else set_aside(save_dir)
+    add_file(save_dir / LOG_NAME)
+    write_text(save_dir / CONFIG_NAME, dump_yaml({**config.raw, "seed": start.seed}))
+    if kept is not None:
+        logger.info("starting anew; the run that was there is kept in %s", kept)
+    if start.resumes:
+        logger.info("resumed at iteration %d from %s", start.iteration, start.path)
+        _log_changes(config, start)
+    elif start.path is not None:
+        logger.info("backbone and heavy upsampler from %s", start.path)
+
+
+def set_aside(save_dir: Path) -> Path | None:
+    """Move an earlier run's files, which a new one would overwrite or mix with its own.
+
+    Released weights stay. Returns the folder that they are in now; None where there were none.
+    """
+    names = (LAST_NAME, METRICS_NAME, LOG_NAME, CONFIG_NAME)
+    found = [path for name in names if (path := save_dir / name).exists()]
+    found += save_dir.glob("events.out.*")
+    if not found:
+        return None
+    kept = _new_name(save_dir / time.strftime("before-%Y%m%d-%H%M%S"))
+    kept.mkdir()
+    for path in found:
+        path.rename(kept / path.name)
+    return kept
+
+
+def _new_name(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that is free."""
+    name, number = path, 1
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}-{number}")
+    return name
+
+
+def _log_changes(config: Config, start: Start) -> None:
+    """Say where the config has changed since the checkpoint: it is the config that counts."""
+    saved = start.checkpoint or {}
+    if saved.get("seed") not in (None, start.seed):
+        logger.info("`seed` was %s and is now %s, as the config says", saved["seed"], start.seed)
+    for key, spec in (("optimizer", config.optimizer), ("lr_scheduler", config.lr_scheduler)):
+        before, now = saved.get(key, {}).get("args"), (spec or {}).get("args")
+        if before and now and before != now:
+            logger.info("`%s` was %s and is now %s, as the config says", key, before, now)
