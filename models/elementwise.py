@@ -1,4 +1,4 @@
-"""Elementwise operations whose plain form is slow in half precision on a CPU."""
+"""Operations whose plain form is slow on a CPU."""
 
 import torch
 from torch import Tensor
@@ -14,3 +14,23 @@ def relu_(x: Tensor) -> Tensor:
         return x.relu_()
     x.view(torch.int16).clamp_min_(0)
     return x
+
+
+def relu_into(out: Tensor, x: Tensor) -> None:
+    """ReLU of `x`, for any float dtype, into `out` of the same shape; see :func:`relu_`."""
+    if x.dtype == torch.float32:
+        torch.clamp_min(x, 0, out=out)
+    else:
+        torch.clamp_min(x.view(torch.int16), 0, out=out.view(torch.int16))
+
+
+def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """``x @ weight + bias`` into `out`: (Q, O) of (Q, D), (D, O) and (O,).
+
+    In float32 the bias is added afterwards: `addmm` first copies it to every row, which takes as
+    long as a product of width 52 (measured). In half precision adding a row is slower than that.
+    """
+    if x.dtype == torch.float32:
+        torch.mm(x, weight, out=out).add_(bias)
+    else:
+        torch.addmm(bias, x, weight, out=out)

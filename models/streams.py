@@ -8,12 +8,15 @@ the whole image.
 Rows are (B, r, w, C), contiguous: channels-last convolutions read them as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models.elementwise import relu_, relu_into
 
 
 class RowStream(Protocol):
@@ -44,31 +47,67 @@ class Encoder(Protocol):
 class ConvRows:
     """A convolution of odd kernel size, stride 1 and zero padding that keeps the size.
 
+    :meth:`push` is :meth:`store` and :meth:`convolve`; who needs the stored rows calls these.
+
     Args:
         conv: its weights are read, not copied where they are channels-last already.
+        relu_first: apply ReLU to the input, on its way into the convolution's own memory: so it
+            costs no pass of its own.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, *, relu_first: bool = False) -> None:
         self._weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
         self._bias = None if conv.bias is None else conv.bias.detach()
         self._radius = conv.kernel_size[0] // 2
         self._groups = conv.groups
+        self._relu_first = relu_first
         self._kept: Tensor | None = None
+        self._stored: Tensor | None = None
+        self._padding_rows = 0
 
     def push(self, rows: Tensor, last: bool) -> Tensor:
-        if self._kept is None and last:
-            return self._convolve(rows, self._radius)
-        padding = rows.new_zeros(len(rows), self._radius, *rows.shape[2:])
-        parts = [padding if self._kept is None else self._kept, rows]
-        rows = torch.cat([*parts, padding] if last else parts, dim=1)
-        ready = rows.shape[1] - 2 * self._radius
-        self._kept = rows[:, max(0, ready) :]
-        return self._convolve(rows, 0) if ready > 0 else rows[:, :0]
+        self.store(rows, last)
+        return self.convolve()
 
-    def _convolve(self, rows: Tensor, padding_rows: int) -> Tensor:
-        x = rows.permute(0, 3, 1, 2)
-        padding = (padding_rows, self._radius)
-        y = F.conv2d(x, self._weight, self._bias, padding=padding, groups=self._groups)
+    def store(self, rows: Tensor, last: bool) -> Tensor:
+        """Take the next rows, which may be overwritten. Returns them, after ReLU where asked."""
+        if self._kept is None and last:
+            self._stored, self._padding_rows = rows, self._radius
+            return relu_(rows) if self._relu_first else rows
+        before = self._radius if self._kept is None else self._kept.shape[1]
+        end = before + rows.shape[1]
+        after = self._radius if last else 0
+        stored = rows.new_empty(len(rows), end + after, *rows.shape[2:])
+        if self._kept is None:
+            stored[:, :before] = 0
+        else:
+            stored[:, :before] = self._kept
+        stored[:, end:] = 0
+        inside = stored[:, before:end]
+        if self._relu_first:
+            relu_into(inside, rows)
+        else:
+            inside.copy_(rows)
+        self._stored, self._padding_rows = stored, 0
+        return inside
+
+    def convolve(self) -> Tensor:
+        """The output rows that the stored ones determine."""
+        assert self._stored is not None
+        rows, padding_rows = self._stored, self._padding_rows
+        self._stored = None
+        if not padding_rows:
+            ready = rows.shape[1] - 2 * self._radius
+            self._kept = rows[:, max(0, ready) :]
+            if ready <= 0:
+                return rows[:, :0]
+        y = F.conv2d(
+            rows.permute(0, 3, 1, 2),
+            self._weight,
+            self._bias,
+            padding=(padding_rows, self._radius),
+            groups=self._groups,
+        )
         return y.permute(0, 2, 3, 1).contiguous()
 
 
@@ -109,26 +148,45 @@ class ResidualRows:
 
     def push(self, rows: Tensor, last: bool) -> Tensor:
         self._waiting.put(rows)
-        out = self._body.push(rows, last)
-        ready = out.shape[1]
-        return out.add_(self._waiting.take(ready)) if ready else out
+        return self._waiting.add_to(self._body.push(rows, last))
 
 
 class RowQueue:
-    """Rows that wait for those of a stream that lags behind."""
+    """Rows that wait for those of a stream that lags behind; they are not copied."""
 
     def __init__(self) -> None:
-        self._parts: list[Tensor] = []
+        self._parts: deque[Tensor] = deque()
 
     def put(self, rows: Tensor) -> None:
         """Add rows at the end."""
-        self._parts.append(rows)
+        if rows.shape[1]:
+            self._parts.append(rows)
 
-    def take(self, count: int) -> Tensor:
-        """Remove the first `count` rows; there are as many."""
-        rows = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, dim=1)
-        self._parts = [rows[:, count:]]
-        return rows[:, :count]
+    def take(self, count: int) -> list[Tensor]:
+        """Remove the first `count` rows, in the pieces that they came in; there are as many."""
+        pieces = []
+        while count:
+            part = self._parts.popleft()
+            pieces.append(part[:, :count])
+            if part.shape[1] > count:
+                self._parts.appendleft(part[:, count:])
+            count -= pieces[-1].shape[1]
+        return pieces
+
+    def add_to(self, rows: Tensor) -> Tensor:
+        """Add the next rows to as many others, in place; returns those."""
+        for target, piece in aligned(rows, self.take(rows.shape[1])):
+            target.add_(piece)
+        return rows
+
+
+def aligned(rows: Tensor, pieces: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(part of `rows`, piece) for pieces that follow one another in `rows`."""
+    start = 0
+    for piece in pieces:
+        end = start + piece.shape[1]
+        yield rows[:, start:end], piece
+        start = end
 
 
 def sequential_rows(layers: Sequence[nn.Module]) -> ChainRows:

@@ -5,12 +5,12 @@ products; those on a concatenation are sums of products, so nothing is concatena
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from models.elementwise import relu_
-from models.streams import ChainRows, ConvRows, RowQueue, RowStream, push_whole
+from models.elementwise import affine_into, relu_
+from models.streams import ChainRows, ConvRows, RowQueue, RowStream, aligned, push_whole
 
 
 class FusedCarn(nn.Module):
@@ -32,22 +32,26 @@ class FusedCarn(nn.Module):
 
     def stream(self) -> RowStream:
         """See `SRNetwork.stream`."""
-        cascade = _CascadeRows([block.stream() for block in self._blocks], self._fusions)
+        # `entry` has no activation; every other block's input is the ReLU of a fusion.
+        blocks = [block.stream(relu_first=index > 0) for index, block in enumerate(self._blocks)]
+        cascade = _CascadeRows(blocks, self._fusions)
         return ChainRows(ConvRows(self.entry), cascade)
 
 
 class _Fusion:
-    """1x1 convolution on a concatenation, then ReLU: one product per part."""
+    """1x1 convolution on a concatenation: one product per part. Its ReLU is left to the caller."""
 
     def __init__(self, fusion: nn.Module) -> None:
         weight, self._bias = _transposed(fusion.get_submodule("0"))
         self._weights = [part.contiguous() for part in weight.split(weight.shape[1])]
 
-    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        out = torch.addmm(self._bias, parts[0].flatten(0, 2), self._weights[0])
-        for part, weight in zip(parts[1:], self._weights[1:], strict=True):
-            out.addmm_(part.flatten(0, 2), weight)
-        return relu_(out).view_as(parts[0])
+    def __call__(self, parts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The rows of each part, in pieces, to the sum's rows (B, r, w, C)."""
+        out = _products(parts[0], self._weights[0], self._bias)
+        for pieces, weight in zip(parts[1:], self._weights[1:], strict=True):
+            for target, piece in aligned(out, pieces):
+                target.view(-1, target.shape[-1]).addmm_(piece.flatten(0, 2), weight)
+        return out
 
 
 class _Block:
@@ -58,51 +62,97 @@ class _Block:
         self._pointwise = _transposed(self._body.get_submodule("4"))
         self._fusions = [_Fusion(block.get_submodule(name)) for name in ("c1", "c2", "c3")]
 
-    def stream(self) -> RowStream:
-        steps = [_ResidualRows(self._body, *self._pointwise) for _ in range(3)]
+    def stream(self, *, relu_first: bool) -> "_CascadeRows":
+        steps = [
+            _ResidualRows(self._body, *self._pointwise, relu_first=relu_first or index > 0)
+            for index in range(3)
+        ]
         return _CascadeRows(steps, self._fusions)
 
 
-class _ResidualRows:
-    """ReLU(body(x) + x)."""
+class _Step(Protocol):
+    """A stream whose input is stored by itself, for others to read it, too."""
 
-    def __init__(self, body: nn.Module, weight: Tensor, bias: Tensor) -> None:
-        self._convs = [ConvRows(body.get_submodule(i)) for i in ("0", "2")]  # type: ignore[arg-type]
+    def store(self, rows: Tensor, last: bool) -> Tensor:
+        """Take the next rows, which may be overwritten; returns its input: after ReLU if asked."""
+        ...
+
+    def advance(self, last: bool) -> Tensor:
+        """The output rows that are determined now and were not before."""
+        ...
+
+
+class _ResidualRows:
+    """ReLU(body(x) + x), where x is the ReLU of what is stored with `relu_first`."""
+
+    def __init__(self, body: nn.Module, weight: Tensor, bias: Tensor, *, relu_first: bool) -> None:
+        first, second = (body.get_submodule(name) for name in ("0", "2"))
+        self._first = ConvRows(first, relu_first=relu_first)  # type: ignore[arg-type]
+        self._second = ConvRows(second, relu_first=True)  # type: ignore[arg-type]
         self._weight, self._bias = weight, bias
         self._waiting = RowQueue()
 
-    def push(self, rows: Tensor, last: bool) -> Tensor:
-        self._waiting.put(rows)
-        for conv in self._convs:
-            rows = relu_(conv.push(rows, last))
-            if rows.shape[1] == 0:
-                return rows
-        x = self._waiting.take(rows.shape[1])
-        # Equal shapes are summed: adding a row to a matrix is slow in half precision.
-        out = torch.addmm(self._bias, rows.flatten(0, 2), self._weight)
-        return relu_(out.view_as(x).add_(x))
+    def store(self, rows: Tensor, last: bool) -> Tensor:
+        x = self._first.store(rows, last)
+        self._waiting.put(x)
+        return x
+
+    def advance(self, last: bool) -> Tensor:
+        rows = self._first.convolve()
+        if rows.shape[1] == 0 and not last:
+            return rows
+        rows = relu_(self._second.push(rows, last))
+        if rows.shape[1] == 0:
+            return rows
+        return relu_(self._waiting.add_to(_products([rows], self._weight, self._bias)))
 
 
 class _CascadeRows:
     """After each step, everything before it and its result are fused."""
 
-    def __init__(self, steps: Sequence[RowStream], fusions: Sequence[_Fusion]) -> None:
+    def __init__(self, steps: Sequence[_Step], fusions: Sequence[_Fusion]) -> None:
         self._steps = steps
         self._fusions = fusions
         self._waiting = [[RowQueue() for _ in range(i + 1)] for i in range(len(steps))]
+        self._x: Tensor | None = None
 
     def push(self, rows: Tensor, last: bool) -> Tensor:
-        parts, out = [rows], rows
+        """As :class:`RowStream` has it."""
+        self.store(rows, last)
+        return self.advance(last)
+
+    def store(self, rows: Tensor, last: bool) -> Tensor:
+        self._x = self._steps[0].store(rows, last)
+        return self._x
+
+    def advance(self, last: bool) -> Tensor:
+        assert self._x is not None
+        parts: list[list[Tensor]] = [[self._x]]
+        fused = None
         for step, fuse, waiting in zip(self._steps, self._fusions, self._waiting, strict=True):
-            for queue, part in zip(waiting, parts, strict=True):
-                queue.put(part)
-            out = step.push(out, last)
+            for queue, pieces in zip(waiting, parts, strict=True):
+                for piece in pieces:
+                    queue.put(piece)
+            if fused is not None:
+                step.store(fused, last)
+            out = step.advance(last)
             ready = out.shape[1]
             if ready == 0:
                 return out
-            parts = [*(queue.take(ready) for queue in waiting), out]
-            out = fuse(parts)
-        return out
+            parts = [*(queue.take(ready) for queue in waiting), [out]]
+            fused = fuse(parts)
+        assert fused is not None
+        return relu_(fused)
+
+
+def _products(pieces: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """Rows (B, r, w, C) in pieces, times a matrix, plus a bias."""
+    first = pieces[0]
+    count = sum(piece.shape[1] for piece in pieces)
+    out = first.new_empty(len(first), count, first.shape[2], weight.shape[1])
+    for target, piece in aligned(out, pieces):
+        affine_into(target.view(-1, weight.shape[1]), piece.flatten(0, 2), weight, bias)
+    return out
 
 
 def _transposed(conv: nn.Module) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
 
     def stream(self) -> RowStream:
         """See `SRNetwork.stream`."""
-        body = ChainRows(ConvRows(self.conv1), PointwiseRows(torch.relu_), ConvRows(self.conv2))
+        body = ChainRows(ConvRows(self.conv1), ConvRows(self.conv2, relu_first=True))
         return ResidualRows(body)
 
 
