@@ -4,16 +4,17 @@ A store maps the index of an image to (H, W, 3) uint8 RGB. Stores can be pickled
 with forked and with spawned workers.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -24,7 +25,10 @@ from utils.registry import nearest
 
 _log = logging.getLogger(__name__)
 
-CACHES = ("none", "in_memory", "lmdb")
+CACHES = ("none", "in_memory", "lmdb", "device")
+T = TypeVar("T")
+# Told of an image that cannot be read: its index and why. To go on without it, it returns.
+OnDamaged = Callable[[int, UserError], None]
 _MANIFEST_KEY = b"\0manifest"
 _PAGE_BYTES = 4096
 _IMAGES_PER_COMMIT = 64
@@ -40,8 +44,20 @@ class ImageStore(Protocol):
         ...
 
 
+def check_cache(cache: str) -> str:
+    """`cache`, if there is such a cache.
+
+    Raises:
+        UserError: there is not; the known ones are listed.
+    """
+    if cache not in CACHES:
+        known = ", ".join(CACHES)
+        raise UserError(f"unknown cache `{cache}`{nearest(cache, CACHES)}; known: {known}")
+    return cache
+
+
 def open_store(
-    paths: Sequence[Path], cache: str = "none", cache_dir: str | Path | None = None
+    paths: Sequence[Path], cache: str, cache_dir: str | Path | None, on_damaged: OnDamaged
 ) -> ImageStore:
     """Make the store that `cache` names.
 
@@ -51,14 +67,28 @@ def open_store(
             3 bytes per pixel, which forked workers share; ``lmdb`` copies the files into one
             LMDB file, for file systems that are slow with many small files.
         cache_dir: folder of the LMDB file; default ``$XDG_CACHE_HOME/pcsr``.
+        on_damaged: called for each image that cannot be read now.
     """
     if cache == "none":
         return FileStore(paths)
     if cache == "in_memory":
-        return MemoryStore(paths)
+        return MemoryStore(paths, on_damaged)
     if cache == "lmdb":
         return LmdbStore(paths, cache_dir)
-    raise UserError(f"unknown cache `{cache}`{nearest(cache, CACHES)}; known: {', '.join(CACHES)}")
+    raise ValueError(f"no store is named {cache}")
+
+
+def in_threads(job: Callable[[int], T], count: int, description: str) -> Generator[T, None, None]:
+    """``job(0)``, ``job(1)``, ... from a few threads, in order, with a progress bar.
+
+    Closing the generator early cancels what has not begun.
+    """
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        # disable=None: no bar where the output is no terminal.
+        yield from tqdm(pool.map(job, range(count)), description, count, leave=False, disable=None)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class FileStore:
@@ -77,21 +107,33 @@ class FileStore:
 class MemoryStore:
     """Decodes everything once, in threads, at construction."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        threads = min(8, os.cpu_count() or 1)
-        with ThreadPoolExecutor(threads) as pool:
-            decoded = pool.map(read_rgb, paths)
-            # disable=None: no bar where the output is no terminal.
-            progress = tqdm(decoded, "decoding", len(paths), leave=False, disable=None)
-            self.images = list(progress)
-        size_mib = sum(image.nbytes for image in self.images) / 2**20
-        _log.info("%d images decoded, %.0f MiB in memory", len(self.images), size_mib)
+    def __init__(self, paths: Sequence[Path], on_damaged: OnDamaged) -> None:
+        self.images: list[np.ndarray | UserError] = []
+        images = in_threads(lambda index: _attempt(paths[index]), len(paths), "decoding")
+        with contextlib.closing(images):
+            for index, image in enumerate(images):
+                if isinstance(image, UserError):
+                    on_damaged(index, image)
+                self.images.append(image)
+        decoded = [image for image in self.images if isinstance(image, np.ndarray)]
+        size_mib = sum(image.nbytes for image in decoded) / 2**20
+        _log.info("%d images decoded, %.0f MiB in memory", len(decoded), size_mib)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.images[index]
+        image = self.images[index]
+        if isinstance(image, UserError):
+            raise image
+        return image
+
+
+def _attempt(path: Path) -> np.ndarray | UserError:
+    try:
+        return read_rgb(path)
+    except UserError as error:
+        return error
 
 
 class LmdbStore:
@@ -120,9 +162,9 @@ class LmdbStore:
     def __getitem__(self, index: int) -> np.ndarray:
         with _environment(self.database).begin(buffers=True) as transaction:
             data = transaction.get(self.keys[index])
-            if data is None:
-                raise UserError(f"{self.database} lacks {self.paths[index]}; delete it to renew it")
-            return to_8_bit(decode_picture(bytes(data), self.paths[index]).rgb)
+            # A file that could not be read when the LMDB was made says once more why.
+            content = read_bytes(self.paths[index]) if data is None else bytes(data)
+            return to_8_bit(decode_picture(content, self.paths[index]).rgb)
 
     def _holds(self, manifest: dict[str, list[int]]) -> bool:
         if not self.database.is_file():
@@ -180,7 +222,8 @@ def _build(
                 chunk = entries[first : first + _IMAGES_PER_COMMIT]
                 with environment.begin(write=True) as transaction:
                     for key, path in chunk:
-                        transaction.put(key, read_bytes(path))
+                        with contextlib.suppress(UserError):
+                            transaction.put(key, read_bytes(path))
                 progress.update(len(chunk))
             progress.close()
             with environment.begin(write=True) as transaction:

@@ -3,39 +3,147 @@
 Both give (H, W, 3) uint8 RGB; 16-bit files are rounded, gray ones converted, alpha is dropped.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
+import torch
 
-from datasets.cache import open_store
+from datasets.cache import ImageStore, check_cache, open_store
+from datasets.pairing import ImagePair, align_pair, pair_by_name
 from datasets.registry import DATASETS
 from utils.errors import UserError
 from utils.images import list_images
 
-# What published data sets append to a name: 0801x4, 0801x4m, baby_LRBI_x4, 0801LRx4, img_001_HR.
-_SUFFIX = re.compile(
-    r"(?:(?:[_-]?[LH]R(?:BI|BD|DN)?)?[_-]?x\d(?:\.\d+)?[mdw]?|[_-][LH]R(?:BI|BD|DN)?)$",
-    re.IGNORECASE,
-)
-_ORPHANS_SHOWN = 5
+_log = logging.getLogger(__name__)
+
+OnError = Literal["stop", "skip"]
+
+
+class _Images:
+    """What image folders and pairs of them share: files, a cache of them, and damaged ones.
+
+    Nothing is decoded before :meth:`load`, or else before the first image is asked for: other
+    mistakes come to light first.
+
+    Args:
+        rows: for each image its file, or its files.
+        first_k, repeat, cache, cache_dir, cache_share, on_error: see `ImageFolder`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[tuple[Path, ...]],
+        first_k: int | None,
+        repeat: int,
+        cache: str,
+        cache_dir: str | None,
+        cache_share: float,
+        on_error: OnError,
+    ) -> None:
+        _check_counts(first_k, repeat)
+        if not 0 < cache_share <= 1:
+            raise UserError(f"cache_share must be above 0 and at most 1, not {cache_share}")
+        self.columns = [list(column) for column in zip(*rows[:first_k], strict=True)]
+        self.repeat = repeat
+        self.cache = check_cache(cache)
+        self.cache_share = cache_share
+        self.on_error = on_error
+        self._cache_dir = cache_dir
+        self._stores: list[ImageStore] | None = None
+        # In shared memory: what one loader process has met, the others need not say again.
+        self._damaged = torch.zeros(len(self.columns[0]), dtype=torch.bool)
+        if on_error == "skip":
+            self._damaged.share_memory_()
+
+    @property
+    def names(self) -> list[str]:
+        """The file name of each sample (of a pair, the HR image's)."""
+        return [path.name for path in self.columns[0]] * self.repeat
+
+    def name(self, index: int) -> str:
+        """The file name of one sample, or of what stands in for it."""
+        return self.columns[0][self.place(index)].name
+
+    def __len__(self) -> int:
+        return len(self.columns[0]) * self.repeat
+
+    def load(self, cache: str | None = None) -> None:
+        """Fill the cache, which otherwise happens when the first image is asked for.
+
+        Data loader processes share what was decoded before they were forked.
+
+        Args:
+            cache: instead of the data set's own. ``device`` is for whole batches, see
+                `datasets.batches`; single images then come from memory.
+
+        Raises:
+            UserError: an image that cannot be decoded, unless those are skipped.
+        """
+        cache = cache or self.cache
+        cache = "in_memory" if cache == "device" else cache
+        self._stores = [
+            open_store(column, cache, self._cache_dir, self.note_damaged) for column in self.columns
+        ]
+
+    def place(self, index: int) -> int:
+        """Which of the files a sample is made of; of damaged ones, the next that is not.
+
+        Raises:
+            UserError: all are damaged.
+        """
+        count = len(self.columns[0])
+        first = index % count
+        if not self._damaged[first]:
+            return first
+        for place in range(first + 1, first + count):
+            if not self._damaged[place % count]:
+                return place % count
+        raise UserError(f"no image in {self.columns[0][0].parent} can be read; see the log")
+
+    def note_damaged(self, place: int, error: UserError) -> None:
+        """An image cannot be read: end, or log it once and do without it, as `on_error` says."""
+        if self.on_error == "stop":
+            raise error
+        if not self._damaged[place]:
+            self._damaged[place] = True
+            _log.warning("skipped, the next one takes its place: %s", error)
+
+    def _read(self, index: int) -> tuple[int, list[np.ndarray]]:
+        """A sample's place and its images, (H, W, 3) uint8."""
+        if self._stores is None:
+            self.load()
+        assert self._stores is not None
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        while True:
+            place = self.place(index)
+            try:
+                return place, [store[place] for store in self._stores]
+            except UserError as error:
+                self.note_damaged(place, error)
 
 
 @DATASETS.register("image-folder")
-class ImageFolder:
+class ImageFolder(_Images):
     """The images directly inside a folder, sorted by name.
 
     Args:
         root_path: the folder; not searched recursively.
         first_k: take only the first so many images.
         repeat: count each image so many times per epoch.
-        cache: ``none``, ``in_memory`` or ``lmdb``, see `datasets.cache.open_store`.
+        cache: ``none``, ``in_memory``, ``lmdb`` (see `datasets.cache.open_store`) or ``device``:
+            in training, all pixels are kept on the device and whole batches are made there.
         cache_dir: where the LMDB goes, if not into the user's cache folder.
+        cache_share: the part of the device's free memory that ``device`` may take.
+        on_error: what a damaged image among the training data does: ``stop`` ends the run, for
+            ``skip`` it is named once and the next image takes its place.
 
     Raises:
-        UserError: no such folder, no images, a damaged image, or arguments out of range.
+        UserError: no such folder, no images, or arguments out of range; on `load` or access, a
+            damaged image.
     """
 
     def __init__(
@@ -46,38 +154,24 @@ class ImageFolder:
         repeat: int = 1,
         cache: str = "none",
         cache_dir: str | None = None,
+        cache_share: float = 0.5,
+        on_error: OnError = "stop",
     ) -> None:
-        _check_counts(first_k, repeat)
-        self.paths = list_images(Path(root_path).expanduser())[:first_k]
-        self.repeat = repeat
-        self._store = open_store(self.paths, cache, cache_dir)
+        rows = [(path,) for path in list_images(Path(root_path).expanduser())]
+        super().__init__(rows, first_k, repeat, cache, cache_dir, cache_share, on_error)
 
     @property
-    def names(self) -> list[str]:
-        """The file name of each sample."""
-        return [path.name for path in self.paths] * self.repeat
-
-    def name(self, index: int) -> str:
-        return self.paths[index % len(self.paths)].name
-
-    def __len__(self) -> int:
-        return len(self.paths) * self.repeat
+    def paths(self) -> list[Path]:
+        """The files."""
+        return self.columns[0]
 
     def __getitem__(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB; not to be changed in place."""
-        return self._store[_checked(index, len(self)) % len(self.paths)]
-
-
-class ImagePair(NamedTuple):
-    """HR (s h, s w, 3) and LR (h, w, 3), uint8, with their whole-number scale s."""
-
-    hr: np.ndarray
-    lr: np.ndarray
-    scale: int
+        return self._read(index)[1][0]
 
 
 @DATASETS.register("paired-image-folders")
-class PairedImageFolders:
+class PairedImageFolders(_Images):
     """HR images and the LR images that go with them, paired by name.
 
     ``0801.png`` goes with ``0801.png``, ``0801x4.png``, ``0801_x4.png``, ``0801_LRBI_x4.png`` or
@@ -86,7 +180,8 @@ class PairedImageFolders:
     Args:
         root_path_hr: folder of HR images.
         root_path_lr: folder of LR images.
-        first_k, repeat, cache, cache_dir: as for `ImageFolder`.
+        first_k, repeat, cache, cache_dir, cache_share, on_error: as for `ImageFolder`; a pair is
+            damaged where one of its images is.
 
     Raises:
         UserError: as `ImageFolder`; images without a partner (the first five are listed).
@@ -101,27 +196,23 @@ class PairedImageFolders:
         repeat: int = 1,
         cache: str = "none",
         cache_dir: str | None = None,
+        cache_share: float = 0.5,
+        on_error: OnError = "stop",
     ) -> None:
-        _check_counts(first_k, repeat)
         hr_paths = list_images(Path(root_path_hr).expanduser())
         lr_paths = list_images(Path(root_path_lr).expanduser())
-        pairs = pair_by_name(hr_paths, lr_paths)[:first_k]
-        self.hr_paths = [hr for hr, _ in pairs]
-        self.lr_paths = [lr for _, lr in pairs]
-        self.repeat = repeat
-        self._hr = open_store(self.hr_paths, cache, cache_dir)
-        self._lr = open_store(self.lr_paths, cache, cache_dir)
+        rows = pair_by_name(hr_paths, lr_paths)
+        super().__init__(rows, first_k, repeat, cache, cache_dir, cache_share, on_error)
 
     @property
-    def names(self) -> list[str]:
-        """The HR file name of each sample."""
-        return [path.name for path in self.hr_paths] * self.repeat
+    def hr_paths(self) -> list[Path]:
+        """The HR files."""
+        return self.columns[0]
 
-    def name(self, index: int) -> str:
-        return self.hr_paths[index % len(self.hr_paths)].name
-
-    def __len__(self) -> int:
-        return len(self.hr_paths) * self.repeat
+    @property
+    def lr_paths(self) -> list[Path]:
+        """The LR files, in the order of the HR files."""
+        return self.columns[1]
 
     def __getitem__(self, index: int) -> ImagePair:
         """The pair, cropped from the top left to where both have pixels.
@@ -129,87 +220,8 @@ class PairedImageFolders:
         Raises:
             UserError: sizes without a common scale.
         """
-        place = _checked(index, len(self)) % len(self.hr_paths)
-        return align_pair(self._hr[place], self._lr[place], self.hr_paths[place].name)
-
-
-def align_pair(hr: np.ndarray, lr: np.ndarray, name: str) -> ImagePair:
-    """Find the whole-number scale of a pair and crop both from the top left to it.
-
-    An HR size that is no multiple of the scale is accepted whether the LR size was rounded down
-    or up from it.
-
-    Raises:
-        UserError: there is none.
-    """
-    (hr_height, hr_width), (lr_height, lr_width) = hr.shape[:2], lr.shape[:2]
-    scale = max(1, round((hr_height / lr_height + hr_width / lr_width) / 2))
-    excess = (abs(hr_height - scale * lr_height), abs(hr_width - scale * lr_width))
-    height, width = min(lr_height, hr_height // scale), min(lr_width, hr_width // scale)
-    if max(excess) >= scale or min(height, width) < 1:
-        raise UserError(
-            f"HR/LR mismatch: {name} is {hr_width}x{hr_height}, its LR {lr_width}x{lr_height}: "
-            "no common scale (a whole number)"
-        )
-    return ImagePair(hr[: height * scale, : width * scale], lr[:height, :width], scale)
-
-
-def pair_by_name(hr_paths: Sequence[Path], lr_paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Pair HR with LR files by stem, in the order of `hr_paths`.
-
-    Equal stems go first; then an LR stem without its scale suffix that equals an HR stem; then
-    both without their suffixes.
-
-    Raises:
-        UserError: files without a partner, or several candidates for one.
-    """
-    pairs: dict[Path, Path] = {}
-    hr_left, lr_left = list(hr_paths), list(lr_paths)
-    for hr_is_stripped, lr_is_stripped in ((False, False), (False, True), (True, True)):
-        hr_by_key = _by_key(hr_left, hr_is_stripped)
-        lr_by_key = _by_key(lr_left, lr_is_stripped)
-        for key in hr_by_key.keys() & lr_by_key.keys():
-            hr_found, lr_found = hr_by_key[key], lr_by_key[key]
-            if len(hr_found) > 1 or len(lr_found) > 1:
-                names = ", ".join(
-                    [f"HR {path.name}" for path in hr_found]
-                    + [f"LR {path.name}" for path in lr_found]
-                )
-                raise UserError(f"HR/LR mismatch: more than one file for `{key}`: {names}")
-            pairs[hr_found[0]] = lr_found[0]
-        paired_lr = set(pairs.values())
-        hr_left = [path for path in hr_left if path not in pairs]
-        lr_left = [path for path in lr_left if path not in paired_lr]
-    _refuse_orphans(hr_left, lr_left)
-    return [(path, pairs[path]) for path in hr_paths]
-
-
-def _by_key(paths: Iterable[Path], is_stripped: bool) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        key = _SUFFIX.sub("", path.stem) if is_stripped else path.stem
-        found.setdefault(key, []).append(path)
-    return found
-
-
-def _refuse_orphans(hr_left: Sequence[Path], lr_left: Sequence[Path]) -> None:
-    orphans = [f"HR {path.name}" for path in hr_left] + [f"LR {path.name}" for path in lr_left]
-    if not orphans:
-        return
-    listed = ", ".join(orphans[:_ORPHANS_SHOWN])
-    more = len(orphans) - _ORPHANS_SHOWN
-    rest = f" and {more} more" if more > 0 else ""
-    folder = (hr_left or lr_left)[0].parent
-    raise UserError(
-        f"HR/LR mismatch: {len(hr_left)} HR and {len(lr_left)} LR images have no partner, "
-        f"first in {folder}: {listed}{rest}; a partner has the same name, with or without x4"
-    )
-
-
-def _checked(index: int, length: int) -> int:
-    if not -length <= index < length:
-        raise IndexError(f"sample {index} of {length}")
-    return index
+        place, (hr, lr) = self._read(index)
+        return align_pair(hr, lr, self.hr_paths[place].name)
 
 
 def _check_counts(first_k: int | None, repeat: int) -> None:

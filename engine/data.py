@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +24,22 @@ Batch = dict[str, Tensor]
 
 
 def make_samples(data: DataConfig, where: str, **wrapper_args: Any) -> Dataset:
-    """The wrapped data set of one config section; `wrapper_args` replace the config's."""
-    wrapper = {**data.wrapper, "args": {**(data.wrapper.get("args") or {}), **wrapper_args}}
+    """The wrapped data set of one config section; `wrapper_args` replace the config's.
+
+    Its images are not decoded yet: a misspelt key is found before.
+    """
     source = datasets.make(data.dataset, f"{where}.dataset")
-    return datasets.make_wrapper(wrapper, source, f"{where}.wrapper")
+    return datasets.make_wrapper(_changed(data.wrapper, wrapper_args), source, f"{where}.wrapper")
+
+
+def _changed(spec: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    return {**spec, "args": {**(spec.get("args") or {}), **args}}
+
+
+def _load(samples: Any) -> Dataset:
+    """`samples` with their cache filled; loader processes forked later share it."""
+    samples.dataset.load()
+    return samples
 
 
 def train_batches(
@@ -45,7 +58,7 @@ def train_batches(
             the ranks; while yielding, an image that is damaged or too small, samples of different
             sizes, or a dead loader process.
     """
-    samples = make_samples(data, "train_dataset")
+    samples = _load(make_samples(data, "train_dataset"))
     sampler = IterationBatchSampler(
         length=len(samples),  # type: ignore[arg-type]
         batch_size=data.batch_size,
@@ -125,17 +138,20 @@ def _with_plain_errors(iterator: Iterator[Batch]) -> Iterator[Batch]:
 def validation_sets(data: DataConfig) -> list[tuple[float, Dataset]]:
     """(scale, samples) of every validation scale; the scale is 0 where the pairs decide it.
 
+    Damaged images are never skipped: figures without them would look like any other.
+
     Raises:
         UserError: a data set that cannot be opened, or scales that pairs on disk cannot serve.
     """
+    data = replace(data, dataset=_changed(data.dataset, {"on_error": "stop"}))
     if data.wrapper.get("name") != "sr-implicit-downsampled":
         if len(data.scales) > 1:
             raise UserError("config: `valid_dataset.scales`: pairs on disk have one scale")
-        return [((data.scales or [0.0])[0], make_samples(data, "valid_dataset"))]
+        return [((data.scales or [0.0])[0], _load(make_samples(data, "valid_dataset")))]
     if not data.scales:
-        samples: Any = make_samples(data, "valid_dataset")
+        samples: Any = _load(make_samples(data, "valid_dataset"))
         return [(samples.highest_scale, samples)]
-    return [(s, make_samples(data, "valid_dataset", scale=s)) for s in data.scales]
+    return [(s, _load(make_samples(data, "valid_dataset", scale=s))) for s in data.scales]
 
 
 def rank_share(samples: Dataset, world: World) -> Iterator[tuple[int, Batch]]:

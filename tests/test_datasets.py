@@ -11,9 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets import DATASETS, WRAPPERS, make, make_wrapper
-from datasets.folders import ImageFolder, PairedImageFolders, align_pair, pair_by_name
+from datasets.folders import ImageFolder, PairedImageFolders
+from datasets.pairing import align_pair, pair_by_name
 from datasets.resize import imresize, imresize_uint8
 from datasets.sampling import SampleKey
+from engine.data import train_batches, validation_sets
+from utils.config import DataConfig
+from utils.distributed import World
 from utils.errors import UserError
 from utils.images import Picture, read_rgb, to_tensor, write_picture
 
@@ -74,7 +78,7 @@ def test_lmdb_is_readable_before_and_after_a_fork(tmp_path: Path) -> None:
 def test_lmdb_is_made_anew_when_a_file_changes(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "in", {"a.png": (8, 9), "b.png": (5, 5)})
     arguments = {"cache": "lmdb", "cache_dir": str(tmp_path / "cache")}
-    folder_of(folder, **arguments)
+    folder_of(folder, **arguments).load()
     (database,) = (tmp_path / "cache").iterdir()
     built = database.stat().st_mtime_ns
     # Fewer of the same images need no new file.
@@ -84,6 +88,7 @@ def test_lmdb_is_made_anew_when_a_file_changes(tmp_path: Path) -> None:
     write_images(folder, {"a.png": (6, 4)}, seed=1)
     os.utime(folder / "a.png", ns=(1, 1))
     changed = folder_of(folder, **arguments)
+    changed.load()
     np.testing.assert_array_equal(changed[0], read_rgb(folder / "a.png"))
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [database.name]
     assert sorted(entry.name for entry in folder.iterdir()) == ["a.png", "b.png"]
@@ -95,7 +100,7 @@ def test_lmdb_without_the_package_says_what_to_do(
     folder = write_images(tmp_path / "in", {"a.png": (8, 9)})
     monkeypatch.setitem(__import__("sys").modules, "lmdb", None)
     with pytest.raises(UserError, match="pip install lmdb"):
-        folder_of(folder, cache="lmdb")
+        folder_of(folder, cache="lmdb").load()
 
 
 def test_damaged_images_and_bad_arguments_are_named(tmp_path: Path) -> None:
@@ -106,9 +111,31 @@ def test_damaged_images_and_bad_arguments_are_named(tmp_path: Path) -> None:
         folder_of(folder, first_k=0)
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:90])
     with pytest.raises(UserError, match=r"b\.png"):
-        folder_of(folder, cache="in_memory")
+        folder_of(folder, cache="in_memory").load()
     with pytest.raises(UserError, match=r"b\.png"):
         downsampled(folder_of(folder), scale=2)[1]
+
+
+@pytest.mark.parametrize("cache", ["none", "in_memory", "lmdb"])
+def test_damaged_images_can_be_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: str
+) -> None:
+    folder = write_images(tmp_path / "in", dict.fromkeys(("a.png", "b.png", "c.png"), (8, 9)))
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:90])
+    (folder / "c.png").write_bytes(b"")
+    arguments = {"cache": cache, "cache_dir": str(tmp_path / "cache"), "repeat": 2}
+    data = folder_of(folder, on_error="skip", **arguments)
+    for index in range(6):
+        np.testing.assert_array_equal(data[index], read_rgb(folder / "a.png"))
+        assert data.name(index) == "a.png"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert "b.png" in warnings[0] and "c.png" in warnings[1]
+    (folder / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no image in .* can be read"):
+        folder_of(folder, on_error="skip", **arguments)[0]
+    with pytest.raises(UserError, match=r"[abc]\.png"):
+        folder_of(folder, **arguments)[0]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +233,36 @@ def test_too_small_images_and_unknown_flips_are_named(tmp_path: Path) -> None:
         downsampled(data)
     with pytest.raises(UserError, match="paired-image-folders"):
         make_wrapper({"name": "sr-implicit-paired"}, data)
+
+
+def test_pair_with_a_damaged_image_is_skipped(tmp_path: Path) -> None:
+    hr = write_images(tmp_path / "hr", {"a.png": (8, 8), "b.png": (8, 8)})
+    lr = write_images(tmp_path / "lr", {"a.png": (4, 4), "b.png": (4, 4)})
+    (lr / "a.png").write_bytes(b"")
+    pairs = pairs_of(hr, lr, on_error="skip")
+    np.testing.assert_array_equal(pairs[0].hr, read_rgb(hr / "b.png"))
+    np.testing.assert_array_equal(pairs[0].lr, read_rgb(lr / "b.png"))
+    with pytest.raises(UserError, match="on_error` must be one of stop, skip"):
+        pairs_of(hr, lr, on_error="ignore")
+
+
+def test_a_misspelt_wrapper_key_is_found_before_images_are_decoded(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    dataset = {"name": "image-folder", "args": {"root_path": str(tmp_path), "cache": "in_memory"}}
+    args = {"inp_size": 8, "scale": 4, "augmnt": True}
+    data = DataConfig(dataset, {"name": "sr-implicit-downsampled", "args": args})
+    with pytest.raises(UserError, match="did you mean `augment`"):
+        train_batches(data, seed=0, start=0, stop=1, world=World(0, 1, torch.device("cpu")))
+
+
+def test_validation_never_skips(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a.png": (8, 8), "b.png": (8, 8)})
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    dataset = {"name": "image-folder", "args": {"root_path": str(tmp_path), "on_error": "skip"}}
+    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    (_, samples), *_ = validation_sets(DataConfig(dataset, wrapper))
+    with pytest.raises(UserError, match=r"a\.png"):
+        samples[0]
 
 
 def test_paired_crops_stay_aligned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
