@@ -61,6 +61,41 @@ def _resize_rows(image: torch.Tensor, length: int, scale: float) -> torch.Tensor
     return resized
 
 
+def imresize_crops(crops: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """`imresize` of small images by one matrix product per axis: 4 to 8 times faster.
+
+    Equal up to rounding. On a CPU an image's result does not depend on the others: products of
+    other shapes may add up in another order, and then one process would not give what two give.
+
+    Args:
+        crops: (B, C, H, W) float.
+        size: (h, w) of the output.
+
+    Returns:
+        (B, C, h, w), same dtype and device, not clamped.
+    """
+    (row_scale, rows), (col_scale, cols) = (
+        (scale, length) for _, scale, length in _plan(*crops.shape[-2:], None, size)
+    )
+    by_rows = _matrix(crops.shape[-2], rows, row_scale, crops.dtype, crops.device)
+    by_cols = _matrix(crops.shape[-1], cols, col_scale, crops.dtype, crops.device).mT
+    if crops.device.type != "cpu":
+        return by_rows @ (crops @ by_cols)
+    # Copies: where an image begins in memory decides which kernel some libraries take.
+    return torch.stack([by_rows @ (crop.clone() @ by_cols) for crop in crops])
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix(
+    length_in: int, length_out: int, scale: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The weights of one axis as a (length_out, length_in) matrix, border mirrored."""
+    weights, indices = _contributions(length_in, length_out, scale, "mirror")
+    matrix = np.zeros((length_out, length_in))
+    np.add.at(matrix, (np.arange(length_out), indices), weights)
+    return torch.tensor(matrix, dtype=dtype, device=device)
+
+
 def imresize_uint8(
     rgb: np.ndarray, scale: float | None = None, size: tuple[int, int] | None = None
 ) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 
 from datasets.folders import ImageFolder, PairedImageFolders
 from datasets.registry import WRAPPERS
-from datasets.resize import imresize, imresize_uint8
+from datasets.resize import imresize, imresize_crops, imresize_uint8
 from datasets.sampling import SampleKey
 from utils.errors import UserError
 from utils.images import to_tensor
@@ -124,12 +124,17 @@ class SRImplicitDownsampled:
         if self.inp_size is None:
             (hr,) = _flipped([hr], self.flips, generator)
             hr, size = crop_to_scale(hr, scale, name)
-        else:
-            size = (self.inp_size, self.inp_size)
-            side = round(self.inp_size * scale)
-            top, left = _corner(hr, side, generator, name)
-            (hr,) = _flipped([_square(hr, top, left, side)], self.flips, generator)
-        return {"lr": downsample(hr, size, self.lr_mode), "hr": to_tensor(hr)}
+            return {"lr": downsample(hr, size, self.lr_mode), "hr": to_tensor(hr)}
+        side = round(self.inp_size * scale)
+        top, left = _corner(hr, side, generator, name)
+        (hr,) = _flipped([_square(hr, top, left, side)], self.flips, generator)
+        return self._reduced(hr, (self.inp_size, self.inp_size))
+
+    def _reduced(self, hr: np.ndarray, size: tuple[int, int]) -> Sample:
+        if self.lr_mode == "uint8":
+            return {"lr": downsample(hr, size, self.lr_mode), "hr": to_tensor(hr)}
+        tensor = to_tensor(hr)
+        return {"lr": imresize_crops(tensor[None], size)[0], "hr": tensor}
 
 
 @WRAPPERS.register("sr-implicit-paired")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets.resize import imresize, imresize_uint8
+from datasets.resize import imresize, imresize_crops, imresize_uint8
 from utils.images import list_images, read_rgb
 
 RNG = np.random.default_rng(0)
@@ -33,6 +33,8 @@ def test_float_mode_equals_the_published_resize(shared: Path) -> None:
         hr = torch.from_numpy(golden["hr_uint8"]).permute(2, 0, 1).float() / 255
         expected = torch.from_numpy(golden["lr"])
     assert (imresize(hr, 0.25) - expected).abs().max() * 255 < 2e-4
+    by_products = imresize_crops(hr[None], (expected.shape[-2], expected.shape[-1]))[0]
+    assert (by_products - expected).abs().max() * 255 < 2e-4
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
@@ -46,6 +48,17 @@ def test_float_mode_equals_torch_on_a_mirrored_image(factor: int) -> None:
     expected = expected[..., 4:-4, 4:-4]
     torch.testing.assert_close(imresize(image, 1 / factor), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(imresize(image, size=(12, 7)), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sides", [(128, 32), (70, 32), (33, 32), (6, 2), (3, 1)])
+def test_products_resize_crops_alone_as_in_a_batch(sides: tuple[int, int]) -> None:
+    side, lr_side = sides
+    crops = torch.from_numpy(RNG.random((5, 3, side, side), dtype=np.float32))
+    resized = imresize_crops(crops, (lr_side, lr_side))
+    expected = imresize(crops, size=(lr_side, lr_side))
+    torch.testing.assert_close(resized, expected, atol=1e-6, rtol=0)
+    alone = [imresize_crops(crop[None], (lr_side, lr_side))[0] for crop in crops]
+    assert torch.equal(resized, torch.stack(alone))
 
 
 def test_enlarging_interpolates_with_the_keys_kernel() -> None:
