@@ -1,29 +1,17 @@
 """Evaluate an original super-resolution network."""
 
-import argparse
-from pathlib import Path
-
-import torch
-
-from engine.evaluate_cli import Subject, is_pcsr, main, make_parser
-from engine.restore import OriginalRestorer, Patches, load_original
+from engine.evaluate_cli import Request, Subject, is_pcsr, main, make_parser
+from engine.restore import OriginalRestorer, load_original
 from utils.cli import run
-from utils.config import Config
 from utils.errors import UserError
 
 
-def prepare(
-    args: argparse.Namespace,
-    config: Config,
-    weights: Path,
-    device: torch.device,
-    patches: Patches | None,
-) -> Subject:
+def prepare(request: Request) -> Subject:
     """The network with its weights, at its own scale."""
-    if is_pcsr(config):
-        raise UserError(f"config {config.name} is a PCSR config: use test_pcsr.py")
-    model = load_original(weights, device, config)
-    restorer = OriginalRestorer(model, patches)
+    if is_pcsr(request.config):
+        raise UserError(f"config {request.config.name} is a PCSR config: use test_pcsr.py")
+    model = load_original(request.weights, request.device, request.config)
+    restorer = OriginalRestorer(model, request.patches)
     return Subject(model, lambda lr, size: restorer(lr), float(restorer.scale))
 
 

@@ -3,31 +3,24 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from engine.budget import OriginalCost
-from engine.evaluate_cli import Subject, is_pcsr, main, make_parser
+from engine.evaluate_cli import Request, Subject, is_pcsr, main, make_parser
 from engine.inference_words import add_routing_words, routing_from
-from engine.restore import Patches, PcsrRestorer, load_pcsr
+from engine.restore import PcsrRestorer, load_pcsr
 from engine.sweep_cli import Sweep, add_sweep_words
 from utils.cli import positive_float, run
 from utils.config import Config, load_config
 from utils.errors import UserError
 
 
-def prepare(
-    args: argparse.Namespace,
-    config: Config,
-    weights: Path,
-    device: torch.device,
-    patches: Patches | None,
-) -> Subject:
+def prepare(request: Request) -> Subject:
     """The model with its weights, at the scale and with the routing asked for."""
+    args, config = request.args, request.config
     if not is_pcsr(config):
         raise UserError(f"config {config.name} is not a PCSR config: use test.py")
     if args.scale < 1:
         raise UserError(f"--scale {args.scale:g}: super-resolution starts at 1")
-    model = load_pcsr(weights, device, config)
+    model = load_pcsr(request.weights, request.device, config)
     original = original_cost(args, config)
     routing = routing_from(args, len(model.upsamplers), original)
     restorer = PcsrRestorer(
@@ -37,7 +30,7 @@ def prepare(
         pixel_batch_size=args.pixel_batch_size,
         engine=args.engine,
         precision=args.precision,
-        patches=patches,
+        patches=request.patches,
     )
     sweep = Sweep.from_words(args, restorer, original, f"{config.name} x{args.scale:g}")
     return Subject(

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from datasets.wrappers import LR_MODES
 from engine.conventions import Conventions, LrSource
-from engine.evaluation import Restore, bicubic, evaluate, mean_of
+from engine.evaluation import Evaluation, Figures, Restore, bicubic, mean_of
 from engine.inference_words import add_json_word, add_weights_word
 from engine.report import Table, circumstances, followed, foot, to_json, write_json
 from engine.restore import Patches
 from engine.samples import EvaluationSet, ImagePaths
+from engine.sharing import PATIENCE, shared_out
 from models.inference import PATCH_BATCH_SIZE
 from utils.checkpoint import find_weights
 from utils.cli import (
@@ -28,7 +29,7 @@ from utils.cli import (
     positive_int,
 )
 from utils.config import Config, load_config
-from utils.device import pick_device
+from utils.distributed import World, gather_objects, together, world
 from utils.errors import UserError
 from utils.log import set_up
 from utils.machine import peak_memory_bytes, reset_peak_memory
@@ -57,14 +58,29 @@ class Subject:
     upsamplers: int = 0
     routing: str | None = None
     refinement: bool | None = None
-    sweep: Callable[[EvaluationSet, torch.device, Write], dict[str, Any]] | None = None
+    sweep: Callable[[EvaluationSet, World, Write], dict[str, Any]] | None = None
 
 
-# (words, config, weights, device, patches or None) to what is evaluated.
-Prepare = Callable[
-    [argparse.Namespace, Config, Path, torch.device, Patches | None],
-    Subject,
-]
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated, as the command line has it.
+
+    Attributes:
+        args: its words.
+        config: the config, overrides included.
+        weights: the checkpoint.
+        device: where to run.
+        patches: how patches are laid; None for whole images.
+    """
+
+    args: argparse.Namespace
+    config: Config
+    weights: Path
+    device: torch.device
+    patches: Patches | None
+
+
+Prepare = Callable[[Request], Subject]
 
 
 def make_parser(description: str, example: str) -> Parser:
@@ -122,35 +138,29 @@ def make_parser(description: str, example: str) -> Parser:
 
 
 def main(parser: Parser, prepare: Prepare) -> int:
-    """Parse the command line, evaluate, print the table, write the JSON file."""
+    """Parse the command line, evaluate, print the table, write the JSON file.
+
+    Under torchrun the images are shared out over the ranks, and rank 0 prints and writes.
+    """
     args = parser.parse_args()
     check_device_words(args)
-    set_up()
-    device = pick_device(args.device, args.gpu)
-    config = load_config(args.config, args.overrides)
-    paths = _image_paths(args, config)
-    weights = args.weights or find_weights(Path("save") / config.name)
-    patches = _patches(args, config)
-    subject = prepare(args, config, weights, device, patches)
-    if patches is not None:
-        _check_scale(patches, subject.scale)
-    conventions = _conventions(args, config, subject, has_lr=paths.lr is not None)
-    images = EvaluationSet(paths, conventions)
-    parameters = sum(p.numel() for p in subject.model.parameters())
-    print(f"{config.name}: {parameters / 1e3:.2f}K parameters from {weights}, on {device}")
-    reset_peak_memory(device)
-    if subject.sweep is not None:
-        content = subject.sweep(images, device, _write)
-    else:
-        content = _run(images, subject, device, with_bicubic=args.bicubic)
-    peak = peak_memory_bytes(device)
-    print(foot(conventions, device, peak))
-    if args.json is not None:
-        about = {
-            "model": {"config": config.name, "weights": str(weights), "parameters": parameters},
-            "data": {"hr": str(paths.hr[0].parent), "lr": paths.lr and str(paths.lr[0].parent)},
-        }
-        write_json(args.json, {**content, **circumstances(conventions, device, peak), **about})
+    with world(args.device, args.gpu, patience=PATIENCE) as current:
+        set_up(main=current.is_main)
+        request, subject, images = together(lambda: _load(args, prepare, current.device))
+        about = _about(request, subject, images)
+        write = _write if current.is_main else _leave_out
+        write(_heading(about["model"], current))
+        reset_peak_memory(current.device)
+        if subject.sweep is not None:
+            content = subject.sweep(images, current, write)
+        else:
+            content = _run(images, subject, current, write, with_bicubic=args.bicubic)
+        peaks = gather_objects(peak_memory_bytes(current.device))
+        peak = None if None in peaks else max(peaks)
+        write(foot(images.conventions, current, peak))
+        if args.json is not None and current.is_main:
+            content |= circumstances(images.conventions, current, peak)
+            write_json(args.json, {**content, **about})
     return 0
 
 
@@ -159,21 +169,64 @@ def is_pcsr(config: Config) -> bool:
     return str(config.model.get("name")).startswith("pcsr")
 
 
+def _load(
+    args: argparse.Namespace, prepare: Prepare, device: torch.device
+) -> tuple[Request, Subject, EvaluationSet]:
+    """All that a wrong word or file can break, before anything is computed."""
+    config = load_config(args.config, args.overrides)
+    paths = _image_paths(args, config)
+    weights = args.weights or find_weights(Path("save") / config.name)
+    request = Request(args, config, weights, device, _patches(args, config))
+    subject = prepare(request)
+    if request.patches is not None:
+        _check_scale(request.patches, subject.scale)
+    conventions = _conventions(args, config, subject, has_lr=paths.lr is not None)
+    return request, subject, EvaluationSet(paths, conventions)
+
+
+def _about(request: Request, subject: Subject, images: EvaluationSet) -> dict[str, Any]:
+    """Which model on which data, in plain values."""
+    lr_paths = images.lr_paths
+    return {
+        "model": {
+            "config": request.config.name,
+            "weights": str(request.weights),
+            "parameters": sum(p.numel() for p in subject.model.parameters()),
+        },
+        "data": {
+            "hr": str(images.hr_paths[0].parent),
+            "lr": None if lr_paths is None else str(lr_paths[0].parent),
+        },
+    }
+
+
+def _heading(model: dict[str, Any], current: World) -> str:
+    processes = f" in {current.size} processes" if current.size > 1 else ""
+    return (
+        f"{model['config']}: {model['parameters'] / 1e3:.2f}K parameters from {model['weights']}, "
+        f"on {current.device}{processes}"
+    )
+
+
 def _run(
-    images: EvaluationSet, subject: Subject, device: torch.device, *, with_bicubic: bool
+    images: EvaluationSet, subject: Subject, current: World, write: Write, *, with_bicubic: bool
 ) -> dict[str, Any]:
     """Evaluate all images and print the table; the figures as JSON content."""
-    table = Table(images.names, subject.upsamplers, _write)
+
+    def rows(restore: Restore) -> Iterable[Figures]:
+        evaluation = Evaluation(images, restore, current.device)
+        shared = shared_out(evaluation, images.hr_pixels, current)
+        return followed(shared, len(images), current)
+
+    table = Table(images.names, subject.upsamplers, write)
     table.header()
     baseline = []
     if with_bicubic:
-        rows = evaluate(images, bicubic, range(len(images)), device)
-        baseline = list(followed(rows, len(images)))
+        baseline = list(rows(bicubic))
         table.baseline("bicubic", mean_of(baseline))
         table.rule()
     figures = []
-    rows = evaluate(images, subject.restore, range(len(images)), device)
-    for row in followed(rows, len(images)):
+    for row in rows(subject.restore):
         table.row(row)
         figures.append(row)
     table.rule()
@@ -185,6 +238,10 @@ def _write(line: str) -> None:
     """A line on standard output, above a running progress bar."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
+
+
+def _leave_out(line: str) -> None:
+    """What ranks other than 0 do with a line."""
 
 
 def _patches(args: argparse.Namespace, config: Config) -> Patches | None:

@@ -1,4 +1,4 @@
-"""The evaluation loop: figures per image, and their mean.
+"""Evaluation: figures per image, and their mean.
 
 Axes: h w LR, H W output, M upsamplers.
 """
@@ -53,34 +53,42 @@ class Figures:
         }
 
 
-def evaluate(
-    images: EvaluationSet,
-    restore: Restore,
-    indices: Iterable[int],
-    device: torch.device,
-) -> Iterator[Figures]:
-    """Run `restore` on the images of `indices` and compare; one at a time, as they are asked for.
+class Evaluation:
+    """Runs images and compares them with HR, one at a time.
 
-    The result of an image does not depend on the others, so ranges can go to several processes.
+    The figures of an image do not depend on the others (but for its time: the first call warms
+    up), so images can be shared out over processes.
 
-    Raises:
-        UserError: an image that cannot be read or run; its name is in the message.
+    Args:
+        images: what is run.
+        restore: runs it.
+        device: where LR is wanted.
     """
-    conventions = images.conventions
-    warm = False
-    for index in indices:
-        sample = images[index]
-        lr = sample.lr.to(device)
-        with errors_named(sample.name, device):
-            if not warm:
-                _warm_up(restore, lr, conventions.patch_size, conventions.scale)
-                warm = True
-            restored = restore(lr, sample.size)
+
+    def __init__(self, images: EvaluationSet, restore: Restore, device: torch.device) -> None:
+        self.images = images
+        self.restore = restore
+        self.device = device
+        self._is_warm = False
+
+    def __call__(self, index: int) -> Figures:
+        """The figures of one image.
+
+        Raises:
+            UserError: an image that cannot be read or run; its name is in the message.
+        """
+        sample, conventions = self.images[index], self.images.conventions
+        lr = sample.lr.to(self.device)
+        with errors_named(sample.name, self.device):
+            if not self._is_warm:
+                _warm_up(self.restore, lr, conventions.patch_size, conventions.scale)
+                self._is_warm = True
+            restored = self.restore(lr, sample.size)
         compared: dict[str, Any] = {
             "psnr_type": conventions.psnr_type,
             "border_px": conventions.border_px,
         }
-        yield Figures(
+        return Figures(
             name=sample.name,
             psnr=psnr(restored.sr, sample.hr, **compared),
             ssim=ssim(restored.sr, sample.hr, **compared),

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from engine.conventions import Conventions
 from engine.evaluation import Figures, mean_of
 from utils.atomic import write_text
+from utils.distributed import World
 from utils.machine import describe
 
 T = TypeVar("T")
@@ -65,28 +65,29 @@ class Table:
         self.write("  ".join([f"{first:<{self.widths[0]}}", *padded]))
 
 
-def followed(rows: Iterable[T], total: int) -> Iterable[T]:
-    """`rows` with a progress bar where somebody watches."""
+def followed(rows: Iterable[T], total: int, world: World) -> Iterable[T]:
+    """`rows` with a progress bar by rank 0, where somebody watches."""
     return tqdm(
         rows,
         total=total,
         unit="image",
         dynamic_ncols=True,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=not (world.is_main and sys.stderr.isatty()),
     )
 
 
-def foot(conventions: Conventions, device: torch.device, peak_memory_bytes: int | None) -> str:
+def foot(conventions: Conventions, world: World, peak_memory_bytes: int | None) -> str:
     """What the figures above depend on, in a few lines."""
-    facts = describe(device)
+    facts = describe(world.device)
+    processes = f"{world.size} processes with " if world.size > 1 else ""
     peak = "unknown" if peak_memory_bytes is None else f"{peak_memory_bytes / 2**20:.0f} MiB"
     return "\n".join(
         [
             f"conventions: {conventions.describe()}",
             "GFLOPs: 2 per multiply-add; paper: as the published tables count, executed: as run",
             f"peak memory {peak}; {facts['device_name']} ({facts['device']}, "
-            f"{facts['torch_threads']} threads), torch {facts['torch']}",
+            f"{processes}{facts['torch_threads']} threads), torch {facts['torch']}",
         ]
     )
 
@@ -104,12 +105,13 @@ def to_json(figures: Sequence[Figures], baseline: Sequence[Figures]) -> dict[str
 
 
 def circumstances(
-    conventions: Conventions, device: torch.device, peak_memory_bytes: int | None
+    conventions: Conventions, world: World, peak_memory_bytes: int | None
 ) -> dict[str, Any]:
     """What figures depend on, and what they took, in plain values."""
     return {
         "conventions": conventions.to_json(),
-        "machine": describe(device),
+        "machine": describe(world.device),
+        "processes": world.size,
         "peak_memory_bytes": peak_memory_bytes,
     }
 

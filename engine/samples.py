@@ -3,6 +3,7 @@
 Axes: h w LR, H W HR.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,9 @@ class EvaluationSet:
         paths: where they are.
         conventions: how they are prepared.
 
+    Attributes:
+        hr_pixels: of each HR file.
+
     Raises:
         UserError: a file that is no image, sizes that do not differ by the scale, or images too
             small for it. On access: damaged pixels.
@@ -96,8 +100,7 @@ class EvaluationSet:
         self.conventions = conventions
         self.hr_paths = paths.hr
         self.lr_paths = paths.lr
-        for index in range(len(self)):
-            self._check_sizes(index)
+        self.hr_pixels = [math.prod(self._checked_size(index)) for index in range(len(self))]
 
     @property
     def names(self) -> list[str]:
@@ -127,7 +130,8 @@ class EvaluationSet:
         patch_size, step = self.conventions.patch_size, self.conventions.step
         return length if length < patch_size else (length - patch_size) // step * step + patch_size
 
-    def _check_sizes(self, index: int) -> None:
+    def _checked_size(self, index: int) -> tuple[int, int]:
+        """(H, W) of an HR file, which suits the scale and its LR file."""
         path, scale = self.hr_paths[index], self.conventions.scale
         hr_size = read_size(path)
         if min(hr_size) <= 2 * self.conventions.border_px or min(hr_size) < scale:
@@ -136,7 +140,7 @@ class EvaluationSet:
                 f"nothing is left inside a border of {self.conventions.border_px} px"
             )
         if self.lr_paths is None:
-            return
+            return hr_size
         lr_size = read_size(self.lr_paths[index])
         # An HR size that the scale does not divide may have been rounded down or up to LR.
         if any(abs(hr - scale * lr) >= scale for hr, lr in zip(hr_size, lr_size, strict=True)):
@@ -145,3 +149,4 @@ class EvaluationSet:
                 f"{self.lr_paths[index].name} {lr_size[1]}x{lr_size[0]}: "
                 f"they do not differ by scale {scale:g}"
             )
+        return hr_size

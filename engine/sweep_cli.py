@@ -1,7 +1,7 @@
 """test_pcsr.py --sweep."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from engine.inference_words import output_file
 from engine.report import followed
 from engine.restore import PcsrRestorer
 from engine.samples import EvaluationSet
-from engine.sweep import PointFigures, points_for, sweep_image
+from engine.sharing import shared_out
+from engine.sweep import Point, PointFigures, points_for, sweep_image
 from engine.sweep_report import check_plotting, print_table, to_json, write_plot
+from utils.distributed import World
 from utils.errors import UserError
 
 # What a sweep decides itself, or has no use for.
@@ -91,34 +93,26 @@ class Sweep:
         return cls(restorer, original, title, args.sweep_time, args.plot)
 
     def __call__(
-        self, images: EvaluationSet, device: torch.device, write: Callable[[str], None]
+        self, images: EvaluationSet, world: World, write: Callable[[str], None]
     ) -> dict[str, Any]:
-        """Sweep all images, print the table, draw the plot; the figures as JSON content."""
+        """Sweep all images, print the table, draw the plot; the figures as JSON content.
+
+        The images are shared out over the ranks; all of them get the figures, rank 0 draws.
+        """
         points = points_for(len(self.restorer.model.upsamplers))
-        figures: list[list[PointFigures]] = []
-        originals: list[float] = []
-        for index in followed(range(len(images)), len(images)):
-            sample = images[index]
-            with errors_named(sample.name, device):
-                lr_size = (sample.lr.shape[-2], sample.lr.shape[-1])
-                if not figures:
-                    self.restorer.warm_up(sample.lr.to(device)[:, :32, :32], (128, 128))
-                image = self.restorer.image_cost(lr_size, sample.size)
-                originals.append(image.patches * self.original.executed(image.lr_size, image.size))
-                figures.append(
-                    sweep_image(
-                        self.restorer,
-                        sample,
-                        points,
-                        device,
-                        images.conventions,
-                        is_timed=self.is_timed,
-                    )
-                )
+
+        def swept(index: int) -> tuple[float, list[PointFigures]]:
+            return self._image(images, index, points, world.device)
+
+        self.restorer.warm_up(torch.zeros(3, 32, 32, device=world.device), (128, 128))
+        shared = shared_out(swept, images.hr_pixels, world)
+        results = list(followed(shared, len(images), world))
+        originals = [original for original, _ in results]
+        figures = [of_image for _, of_image in results]
         means = [PointFigures.mean(of_point) for of_point in zip(*figures, strict=True)]
         original_flops = sum(originals) / len(originals)
         print_table(points, means, original_flops, is_timed=self.is_timed, write=write)
-        if self.plot is not None:
+        if self.plot is not None and world.is_main:
             write_plot(
                 self.plot,
                 points,
@@ -129,3 +123,22 @@ class Sweep:
             )
             write(f"plot: {self.plot}")
         return to_json(points, images.names, figures, originals, is_timed=self.is_timed)
+
+    def _image(
+        self, images: EvaluationSet, index: int, points: Sequence[Point], device: torch.device
+    ) -> tuple[float, list[PointFigures]]:
+        """The original's executed FLOPs on an image, and the figures of all points."""
+        sample = images[index]
+        with errors_named(sample.name, device):
+            lr_size = (sample.lr.shape[-2], sample.lr.shape[-1])
+            image = self.restorer.image_cost(lr_size, sample.size)
+            original = image.patches * self.original.executed(image.lr_size, image.size)
+            figures = sweep_image(
+                self.restorer,
+                sample,
+                points,
+                device,
+                images.conventions,
+                is_timed=self.is_timed,
+            )
+        return original, figures

@@ -3,7 +3,10 @@
 ``python -m tests.distributed_worker JOB FOLDER``
 """
 
+import contextlib
+import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -57,6 +60,31 @@ def signalled_rank(folder: Path, current: World) -> int:
     return run(config, folder / "signalled-run", current)
 
 
+def scripts(folder: Path) -> int:
+    """The command lines of commands.json, one after the other; how each ended, for rank 0.
+
+    Each joins a group of its own, so that this process must not have joined one.
+    """
+    rank = os.environ["RANK"]
+    with (folder / f"stdout-{rank}.txt").open("w") as output, contextlib.redirect_stdout(output):
+        codes = [
+            _exit_code(command["words"], command["port"])
+            for command in json.loads((folder / "commands.json").read_text())
+        ]
+    (folder / f"codes-{rank}.json").write_text(json.dumps(codes))
+    return 0
+
+
+def _exit_code(words: list[str], port: int) -> int:
+    os.environ["MASTER_PORT"] = str(port)
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    raise AssertionError(f"{words[0]} does not exit")
+
+
 def _at_step(step: int, action: object) -> None:
     iterate = Trainer._iterate
 
@@ -75,6 +103,8 @@ def main() -> int:
     """Join the group and do the job."""
     threading.Timer(240, lambda: os._exit(99)).start()  # never outlive the test
     torch.set_num_threads(1)
+    if sys.argv[1] == scripts.__name__:
+        return scripts(Path(sys.argv[2]))
     with world("cpu") as current:
         set_up(main=current.is_main)
         return JOBS[sys.argv[1]](Path(sys.argv[2]), current)

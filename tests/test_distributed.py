@@ -1,14 +1,11 @@
 """Several processes: the result of one, and one clear end."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import lines, start
 from tests.training import (
     KINDS,
     checkpoint_of,
@@ -29,49 +26,6 @@ from utils.distributed import (
     together,
 )
 from utils.errors import UserError
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 240
-
-
-def free_port() -> int:
-    """A port that no one listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(job: str, folder: Path, size: int = 2) -> list[tuple[int, str]]:
-    """Run tests/distributed_worker.py in `size` processes; exit code and stderr of each."""
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    words = [sys.executable, "-m", "tests.distributed_worker", job, str(folder)]
-    processes = [
-        subprocess.Popen(
-            words,
-            cwd=REPOSITORY,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
-
-
-def lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import models
 from engine.conventions import Conventions
-from engine.evaluation import Figures, bicubic, evaluate, mean_of
+from engine.evaluation import Evaluation, Figures, bicubic, mean_of
 from engine.report import Table, to_json, write_json
 from engine.restore import OriginalRestorer, Patches, PcsrRestorer, Restored
 from engine.samples import EvaluationSet, ImagePaths
@@ -193,7 +193,7 @@ def test_ranges_of_images_give_the_figures_of_all(folder, pcsr) -> None:
     restorer = PcsrRestorer(pcsr)
 
     def figures(indices) -> list[tuple]:
-        rows = evaluate(images, restorer, indices, CPU)
+        rows = map(Evaluation(images, restorer, CPU), indices)
         return [(f.name, f.psnr, f.ssim, f.flops_paper, f.shares) for f in rows]
 
     assert figures(range(3)) == figures(range(0, 1)) + figures(range(1, 3))
@@ -205,7 +205,7 @@ def test_out_of_memory_names_the_image_and_what_to_do(folder) -> None:
 
     images = EvaluationSet(ImagePaths.of_folders(folder(a=(48, 64))), conventions())
     with pytest.raises(UserError, match=r"a\.png: not enough memory.*patch_batch_size"):
-        list(evaluate(images, fail, range(1), CPU))
+        Evaluation(images, fail, CPU)(0)
 
 
 def test_equal_and_small_images_have_no_figure_in_json(folder, tmp_path) -> None:
@@ -215,7 +215,7 @@ def test_equal_and_small_images_have_no_figure_in_json(folder, tmp_path) -> None
     def perfect(lr: Tensor, size: tuple[int, int]) -> Restored:
         return Restored(hr[:, : size[0], : size[1]], None, [], 1, 1, 0.0)
 
-    figures = list(evaluate(images, perfect, range(1), CPU))
+    figures = [Evaluation(images, perfect, CPU)(0)]
     assert (figures[0].psnr, math.isnan(figures[0].ssim)) == (math.inf, True)
     write_json(tmp_path / "new" / "f.json", to_json(figures, []))
     written = json.loads((tmp_path / "new" / "f.json").read_text())

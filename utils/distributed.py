@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 # Exit code of the ranks that leave it to rank 0 to say what is wrong: that of a user's error.
 _EXIT_QUIET = EXIT_USER_ERROR
+_PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,17 @@ class World:
 
 
 @contextmanager
-def world(device_name: str = "auto", gpu: str | None = None) -> Iterator[World]:
+def world(
+    device_name: str = "auto", gpu: str | None = None, *, patience: timedelta = _PATIENCE
+) -> Iterator[World]:
     """Join the process group that torchrun's environment describes; one process without it.
 
     On GPUs each process takes the one of its LOCAL_RANK and talks through NCCL (through gloo
     where the data is on the CPU), on the CPU gloo alone.
+
+    Args:
+        device_name, gpu: see `utils.device.pick_device`.
+        patience: how long a process waits for another that lives but does not answer.
 
     Raises:
         UserError: the device does not exist, there are more local processes than GPUs, or, from
@@ -63,7 +70,7 @@ def world(device_name: str = "auto", gpu: str | None = None) -> Iterator[World]:
     elif device.type != "cpu":
         raise UserError(f"several processes on `{device.type}` are not supported: use --nproc 1")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    dist.init_process_group(backend, timeout=patience)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     except RuntimeError as error:

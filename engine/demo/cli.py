@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from engine.evaluation import Figures, mean_of
 from engine.inference_words import routing_from
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
+from engine.sharing import PATIENCE, shared_out
 from utils.cli import EXIT_USER_ERROR, Parser
 from utils.config import load_config
-from utils.device import pick_device
+from utils.distributed import World, together, world
 from utils.errors import UserError
 from utils.log import set_up
 from utils.machine import describe, device_name
@@ -55,35 +56,58 @@ class Subject:
 def main(parser: Parser) -> int:
     """Parse the command line, do the work, and say where the results are.
 
+    Under torchrun the pictures of a folder are shared out over the ranks; rank 0 speaks.
+
     Returns:
-        the exit code: 2 where a file of a folder failed.
+        the exit code: 2 where a file of a folder failed (on rank 0: the others are content, as a
+        rank that fails would end it before it has said why).
     """
     args = parser.parse_args()
     check_words(parser, args)
-    set_up()
-    device = pick_device(args.device, args.gpu)
+    with world(args.device, args.gpu, patience=PATIENCE) as current:
+        set_up(main=current.is_main)
+        inputs, subject = together(lambda: _prepare(args, current.device))
+        if current.is_main:
+            print(subject.heading, flush=True)
+        setting = Setting(
+            result_stems(inputs), args.out_dir, subject.enlarger, current.device, args.opacity
+        )
+        results, failures = _work(args, inputs, _job(args, setting, subject), current)
+        if not current.is_main:
+            return 0
+        means = _means(results)
+        if means is not None and len(results) > 1:
+            print(f"mean of {len(results)} pictures\n{comparison_table(*means)}")
+        if args.json is not None:
+            write_json(args.json, _to_json(results, means, failures, subject, current))
+        _closing(args.out_dir, results, failures)
+    return EXIT_USER_ERROR if failures else 0
+
+
+def _prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Path], Subject]:
+    """Find the pictures, load the models and try them, before any file is touched."""
     inputs = find_inputs(args.img_path)
     if args.json is not None and is_one_of(args.json, inputs):
         raise UserError(f"--json {args.json} is an input and would be lost")
     subject = _load(args, device)
     _warm_up(subject, device)
     prepare_folder(args.out_dir)
-    print(subject.heading, flush=True)
-    setting = Setting(result_stems(inputs), args.out_dir, subject.enlarger, device, args.opacity)
-    job = _job(args, setting, subject)
-    failures: dict[Path, str] = {}
+    return inputs, subject
+
+
+def _work(
+    args: argparse.Namespace,
+    inputs: Sequence[Path],
+    job: Callable[[Path], Done],
+    current: World,
+) -> tuple[list[Done], dict[Path, str]]:
+    """A folder goes on after a file that fails; for a single picture that is the end."""
     if args.img_path.is_dir():
-        results, failures = run_batch(inputs, job)
-    else:
-        results = [job(inputs[0])]
-        print(results[0].text)
-    means = _means(results)
-    if means is not None and len(results) > 1:
-        print(f"mean of {len(results)} pictures\n{comparison_table(*means)}")
-    if args.json is not None:
-        write_json(args.json, _to_json(results, means, failures, subject, device))
-    _closing(args.out_dir, results, failures)
-    return EXIT_USER_ERROR if failures else 0
+        return run_batch(inputs, job, current)
+    (done,) = shared_out(lambda _: job(inputs[0]), [1], current)
+    if current.is_main:
+        print(done.text)
+    return [done], {}
 
 
 def _load(args: argparse.Namespace, device: torch.device) -> Subject:
@@ -188,11 +212,11 @@ def _job(args: argparse.Namespace, setting: Setting, subject: Subject) -> Upscal
 
 def _means(results: Sequence[Done]) -> tuple[Figures | None, Figures] | None:
     """The original's and PCSR's means over the photographs; None where nothing was compared."""
-    comparisons = [done.comparison for done in results if done.comparison is not None]
-    if not comparisons:
+    compared = [done.compared for done in results if done.compared is not None]
+    if not compared:
         return None
-    originals = [c.original for c in comparisons if c.original is not None]
-    return mean_of(originals) if originals else None, mean_of([c.pcsr for c in comparisons])
+    originals = [original for original, _ in compared if original is not None]
+    return mean_of(originals) if originals else None, mean_of([pcsr for _, pcsr in compared])
 
 
 def _to_json(
@@ -200,7 +224,7 @@ def _to_json(
     means: tuple[Figures | None, Figures] | None,
     failures: Mapping[Path, str],
     subject: Subject,
-    device: torch.device,
+    current: World,
 ) -> dict[str, Any]:
     content: dict[str, Any] = {"images": [done.record for done in results]}
     if means is not None:
@@ -213,7 +237,8 @@ def _to_json(
     ]
     if subject.conventions is not None:
         content["conventions"] = {**subject.conventions.to_json(), "hr_crop": "centre"}
-    return {**content, "model": subject.facts, "machine": describe(device)}
+    machine = describe(current.device)
+    return {**content, "model": subject.facts, "machine": machine, "processes": current.size}
 
 
 def _closing(out_dir: Path, results: Sequence[Done], failures: Mapping[Path, str]) -> None:

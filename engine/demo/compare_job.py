@@ -74,7 +74,7 @@ class CompareJob:
             "pcsr": comparison.pcsr.to_json(),
             "files": [str(file) for file in files],
         }
-        return Done(text, record, files, comparison)
+        return Done(text, record, files, (comparison.original, comparison.pcsr))
 
     def _text(self, path: Path, comparison: Comparison) -> str:
         (h, w), (height, width) = comparison.lr_size, comparison.hr_size

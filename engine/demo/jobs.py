@@ -1,6 +1,7 @@
 """What the demo's two kinds of work on picture files share, and many files in a row."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.demo.compare import Comparison
 from engine.demo.enlarge import Enlarger
+from engine.evaluation import Figures
+from engine.sharing import shared_out
 from utils.cli import one_line
+from utils.distributed import World
 from utils.errors import UserError
+from utils.images import read_size
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,15 @@ class Done:
     Attributes:
         text: what was made and measured, to be read.
         record: the same in plain JSON values.
-        comparison: where the models were compared.
         files: what was written.
+        compared: figures of the original network (None where there is none) and of PCSR; None
+            where nothing was compared.
     """
 
     text: str
     record: dict[str, Any]
     files: list[Path]
-    comparison: Comparison | None = None
+    compared: tuple[Figures | None, Figures] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,25 +57,50 @@ class Setting:
 
 
 def run_batch(
-    inputs: Sequence[Path], job: Callable[[Path], Done]
+    inputs: Sequence[Path], job: Callable[[Path], Done], world: World
 ) -> tuple[list[Done], dict[Path, str]]:
-    """Work through files; one that fails does not end the run.
+    """Work through files, shared out over the ranks; one that fails does not end the run.
 
-    Texts go to standard output as they come, above a progress bar where a terminal shows it.
+    Texts go to rank 0's standard output as they come, above a progress bar where a terminal shows
+    it.
 
     Returns:
-        what went well, and the reason for each file that did not.
+        what went well, and the reason for each file that did not, on every rank.
     """
-    results, failures = [], {}
-    for path in tqdm(inputs, unit="picture", dynamic_ncols=True, leave=False, disable=None):
+
+    def attempt(index: int) -> Done | str:
         try:
-            done = job(path)
+            return job(inputs[index])
         except (ValueError, OSError) as error:
-            failures[path] = one_line(error)
+            return one_line(error)
+
+    results, failures = [], {}
+    outcomes = shared_out(attempt, [_pixels(path) for path in inputs], world)
+    hidden = None if world.is_main else True  # None: where there is no terminal
+    bar = tqdm(
+        outcomes,
+        total=len(inputs),
+        unit="picture",
+        dynamic_ncols=True,
+        leave=False,
+        disable=hidden,
+    )
+    for path, outcome in zip(inputs, bar, strict=True):
+        if isinstance(outcome, str):
+            failures[path] = outcome
         else:
-            results.append(done)
-            tqdm.write(done.text)
+            results.append(outcome)
+            if world.is_main:
+                tqdm.write(outcome.text)
     return results, failures
+
+
+def _pixels(path: Path) -> int:
+    """How many pixels a picture has; 0 where that cannot be read."""
+    try:
+        return math.prod(read_size(path))
+    except (ValueError, OSError):
+        return 0
 
 
 @contextlib.contextmanager
