@@ -75,7 +75,7 @@ def imresize_crops(crops: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         (B, C, h, w), same dtype and device, not clamped.
     """
     (row_scale, rows), (col_scale, cols) = (
-        (scale, length) for _, scale, length in _plan(*crops.shape[-2:], None, size)
+        (scale, length) for _, scale, length in _plan(crops.shape[-2], crops.shape[-1], None, size)
     )
     by_rows = _matrix(crops.shape[-2], rows, row_scale, crops.dtype, crops.device)
     by_cols = _matrix(crops.shape[-1], cols, col_scale, crops.dtype, crops.device).mT

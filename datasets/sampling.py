@@ -8,6 +8,7 @@ changes what is seen, and nothing has to be saved to resume.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils.data import Sampler
 from utils.errors import UserError
 
 # Keep the random streams of one seed apart.
-_PERMUTATION, _SCALE, _SAMPLE = range(3)
+_PERMUTATION, _SCALE, SAMPLE_STREAM = range(3)
 
 
 class SampleKey(NamedTuple):
@@ -30,7 +31,7 @@ class SampleKey(NamedTuple):
 
     def generator(self) -> np.random.Generator:
         """The random numbers of this sample: crop and flips."""
-        return np.random.default_rng([self.seed, _SAMPLE, self.position])
+        return np.random.default_rng([self.seed, SAMPLE_STREAM, self.position])
 
     def scale(self, lowest: float, highest: float) -> float:
         """The scale of this iteration, uniform in [lowest, highest]: the same in a whole batch."""
@@ -96,14 +97,25 @@ class IterationBatchSampler(Sampler[list[SampleKey]]):
 
     def keys(self, iteration: int) -> list[SampleKey]:
         """This rank's keys of one iteration."""
-        share = self.batch_size // self.world_size
-        first = iteration * self.batch_size + self.rank * share
-        return [self._key(position, iteration) for position in range(first, first + share)]
+        positions, indices = self.places(range(iteration, iteration + 1))
+        return [
+            SampleKey(index, position, iteration, self.seed)
+            for index, position in zip(indices.tolist(), positions.tolist(), strict=True)
+        ]
 
-    def _key(self, position: int, iteration: int) -> SampleKey:
-        epoch, place = divmod(position, self.length)
-        index = int(_permutation(self.seed, epoch, self.length)[place])
-        return SampleKey(index, position, iteration, self.seed)
+    def places(self, iterations: range) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and indices of this rank's samples of some iterations, (n,) int64 each."""
+        share = self.batch_size // self.world_size
+        firsts = np.array(iterations, np.int64) * self.batch_size + self.rank * share
+        positions = (firsts[:, None] + np.arange(share)).ravel()
+        epochs, offsets = np.divmod(positions, self.length)
+        indices = np.empty_like(positions)
+        # Positions rise, and with them epochs: each epoch's samples stand together.
+        bounds = [0, *(np.flatnonzero(np.diff(epochs)) + 1).tolist(), len(epochs)]
+        for first, last in itertools.pairwise(bounds):
+            order = _permutation(self.seed, int(epochs[first]), self.length)
+            indices[first:last] = order[offsets[first:last]]
+        return positions, indices
 
 
 # A batch touches one or two epochs at a time; two data sets may be read in turns.

@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,12 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 import datasets
+from datasets.batches import DeviceBatches, NotOnDevice
 from datasets.sampling import IterationBatchSampler
 from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
 
 Batch = dict[str, Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 def make_samples(data: DataConfig, where: str, **wrapper_args: Any) -> Dataset:
@@ -50,17 +54,20 @@ def train_batches(
     A batch is a function of (seed, iteration) alone: not of the number of ranks or workers, nor
     of whether training was interrupted.
 
+    With `cache: device`, batches are made on the device as a whole; where that cannot be, a
+    message says why, and data loaders make them.
+
     Yields:
-        ``{"lr": (B, 3, h, w), "hr": (B, 3, H, W)}`` float32 on the CPU.
+        ``{"lr": (B, 3, h, w), "hr": (B, 3, H, W)}`` float32 on the CPU or on the device.
 
     Raises:
         UserError: at once, a data set that cannot be opened or a batch that does not divide over
             the ranks; while yielding, an image that is damaged or too small, samples of different
             sizes, or a dead loader process.
     """
-    samples = _load(make_samples(data, "train_dataset"))
+    samples: Any = make_samples(data, "train_dataset")
     sampler = IterationBatchSampler(
-        length=len(samples),  # type: ignore[arg-type]
+        length=len(samples),
         batch_size=data.batch_size,
         seed=seed,
         start=start,
@@ -68,6 +75,31 @@ def train_batches(
         rank=world.rank,
         world_size=world.size,
     )
+    if samples.dataset.cache == "device":
+        made = _device_batches(samples, world)
+        if made is not None:
+            return made.batches(sampler)
+    else:
+        samples.dataset.load()
+    return _loaded_batches(samples, sampler, data, world)
+
+
+def _device_batches(samples: Any, world: World) -> DeviceBatches | None:
+    """None where batches cannot be made on the device; the images are then in another cache."""
+    # Each process on a CPU has images of its own.
+    processes = world.size if world.device.type == "cpu" else 1
+    try:
+        return DeviceBatches(samples, world.device, processes)
+    except NotOnDevice as reason:
+        logger.info("cache `device` is replaced by `%s`: %s", reason.instead, reason)
+        samples.dataset.load(reason.instead)
+        return None
+
+
+def _loaded_batches(
+    samples: Dataset, sampler: IterationBatchSampler, data: DataConfig, world: World
+) -> Iterator[Batch]:
+    """Batches from data loader processes, or from this one where there are none."""
     workers = -(-data.num_workers // world.size)
     loader = DataLoader(
         samples,

@@ -13,6 +13,8 @@ import torch
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _CPU_INFO = Path("/proc/cpuinfo")
+_MEMORY_INFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
@@ -93,6 +95,27 @@ def reset_peak_memory(device: torch.device) -> bool:
     except OSError:
         return False
     return True
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory that `device` has left for this process; None where the platform does not tell.
+
+    On a CPU what programs can get without swapping, or what a container leaves of it.
+    """
+    if device.type != "cpu":
+        info = getattr(torch.get_device_module(device), "mem_get_info", None)
+        return info(device)[0] if info else None
+    if not _MEMORY_INFO.exists():
+        return _ram_bytes()
+    values = dict(line.split(":") for line in _MEMORY_INFO.read_text().splitlines())
+    available = int(values["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = ((_CGROUP / f"memory.{word}").read_text() for word in ("max", "current"))
+        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Files that the system keeps in memory make way.
+        return min(available, int(limit) - int(used) + int(kept["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+        return available
 
 
 class Timer:
