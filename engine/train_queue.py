@@ -1,0 +1,332 @@
+"""Training a list of configs in the time there is, in pieces and on any machine.
+
+``python -m engine.train_queue train --minutes 60``; `pack` and `unpack` carry images and runs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.parts import pack, unpack
+from engine.recorder import METRICS_NAME
+from engine.stop import StopSignal
+from utils.checkpoint import LAST_NAME, RELEASE_NAME, find_weights, load_checkpoint
+from utils.cli import EXIT_USER_ERROR, Parser, one_line, positive_float, run
+from utils.config import Config, load_config
+from utils.errors import UserError
+from utils.release import release
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKBONES = ("fsrcnn", "carn", "srresnet", "rcan")
+KINDS = ("x4", "pcsr-phase0", "pcsr-phase1")
+MARGIN_S = 60.0
+_POLL_S = 0.1
+FAILED = "failed"
+# Exit codes of a training that was asked to stop and has saved, by SIGTERM or Ctrl-C.
+_STOPPED = (143, 130)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One config to be trained.
+
+    Attributes:
+        path: of the config.
+        config: what it says.
+        folder: of the run.
+    """
+
+    path: Path
+    config: Config
+    folder: Path
+
+    @property
+    def iteration(self) -> int:
+        """Iterations done; those of released weights count where there is nothing left to do."""
+        for name in (LAST_NAME, RELEASE_NAME):
+            if (self.folder / name).is_file():
+                done = load_checkpoint(self.folder / name).get("iter", 0)
+                if name == LAST_NAME or done >= self.config.iter_max:
+                    return int(done)
+        return 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all iterations are done."""
+        return self.iteration >= self.config.iter_max
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """What trains it, as ./dist.sh would: on all GPUs, or in one process on the CPU."""
+        script = "train.py" if self.config.phase is None else "train_pcsr.py"
+        where = ["--config", str(self.path), "--save_dir", str(self.folder)]
+        return [sys.executable, "-m", "utils.launch", str(ROOT / script), *where, *words]
+
+    def describe(self, state: str) -> str:
+        """Its state on one line."""
+        if state.startswith(FAILED):
+            return f"{self.config.name}: {state}"
+        quality = _last_validation(self.folder / METRICS_NAME)
+        shown = "" if quality is None else f", validation {quality:.2f} dB"
+        return (
+            f"{self.config.name}: {state}, "
+            f"{self.iteration} of {self.config.iter_max} iterations{shown}"
+        )
+
+
+def train_all(
+    jobs: Sequence[Job], end_s: float, words: Sequence[str], margin_s: float, stop: StopSignal
+) -> dict[str, str]:
+    """Train the jobs one after the other until `end_s` (of `time.monotonic`).
+
+    Returns:
+        the state of each by its config's name; FAILED begins that of those that did.
+    """
+    states: dict[str, str] = {}
+    for job in jobs:
+        try:
+            states[job.config.name] = _advance(job, jobs, end_s, words, margin_s, stop)
+        except (UserError, OSError) as error:
+            states[job.config.name] = f"{FAILED}: {one_line(error)}"
+    return states
+
+
+def _advance(
+    job: Job,
+    jobs: Sequence[Job],
+    end_s: float,
+    words: Sequence[str],
+    margin_s: float,
+    stop: StopSignal,
+) -> str:
+    if job.is_finished:
+        return _released(job)
+    if (missing := _missing_phase0(job, jobs)) is not None:
+        return f"waits for {missing}"
+    if stop.number or time.monotonic() >= end_s - margin_s:
+        return "no time left"
+    code = _train(job, end_s, words, margin_s, stop)
+    if code == 0 and job.is_finished:
+        return _released(job)
+    return "stopped" if code in _STOPPED else f"{FAILED} with exit code {code}"
+
+
+def _released(job: Job) -> str:
+    """Make release.pth of a finished run where that has not been done."""
+    last, made = job.folder / LAST_NAME, job.folder / RELEASE_NAME
+    if last.is_file() and not (made.is_file() and made.stat().st_mtime >= last.stat().st_mtime):
+        release(job.folder)
+    return "finished"
+
+
+def _missing_phase0(job: Job, jobs: Sequence[Job]) -> str | None:
+    """The phase 0 that has to be trained before this job; None where there is none."""
+    if job.config.phase != 1 or job.config.init is not None:
+        return None
+    name = job.config.name.replace("phase1", "phase0")
+    for other in jobs:
+        if other.config.name == name:
+            return None if other.is_finished else name
+    try:
+        find_weights(job.folder.with_name(name))
+    except UserError:
+        return name
+    return None
+
+
+def _train(job: Job, end_s: float, words: Sequence[str], margin_s: float, stop: StopSignal) -> int:
+    """Run the training until it ends or its time does. Returns its exit code, as a shell has it."""
+    print(f"{job.config.name}: from iteration {job.iteration}", flush=True)
+    process = subprocess.Popen(job.command(words), cwd=ROOT)
+    is_asked = False
+    while process.poll() is None:
+        now = time.monotonic()
+        if not is_asked and (stop.number or now >= end_s - margin_s):
+            process.terminate()
+            is_asked, end_s = True, max(end_s, now + margin_s)
+        elif is_asked and now >= end_s:
+            # Its last checkpoint is whole, however it ends.
+            process.kill()
+        time.sleep(_POLL_S)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _last_validation(path: Path) -> float | None:
+    """The last validation PSNR of a metrics.jsonl."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("kind") == "valid" and row.get("psnr") is not None:
+            return float(row["psnr"])
+    return None
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    paths = args.configs or [
+        ROOT / "configs" / f"{backbone}-{kind}.yaml" for backbone in BACKBONES for kind in KINDS
+    ]
+    jobs = []
+    for path in paths:
+        config = load_config(path, args.overrides)
+        jobs.append(Job(path.resolve(), config, (args.save_dir / config.name).resolve()))
+    names = [job.config.name for job in jobs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--configs: two are called {name}, which is the name of the folder")
+    return jobs
+
+
+def _train_command(args: argparse.Namespace) -> int:
+    if args.minutes * 60 <= args.margin:
+        raise UserError(
+            f"--minutes {args.minutes:g} is no more than the --margin of {args.margin:g} seconds"
+        )
+    jobs = _jobs(args)
+    words = [word for text in args.overrides for word in ("--set", text)]
+    words += [word for name in ("device", "gpu") for word in _given(args, name)]
+    end_s = time.monotonic() + 60 * args.minutes
+    with StopSignal() as stop:
+        states = train_all(jobs, end_s, words, args.margin, stop)
+    print()
+    for job in jobs:
+        print(job.describe(states[job.config.name]))
+    if any(state.startswith(FAILED) for state in states.values()):
+        return EXIT_USER_ERROR
+    return 128 + stop.number if stop.number else 0
+
+
+def _given(args: argparse.Namespace, name: str) -> list[str]:
+    value = getattr(args, name)
+    return [] if value is None else [f"--{name}", value]
+
+
+def _pack_command(args: argparse.Namespace) -> int:
+    parts = pack(args.input, args.output, args.part_mb)
+    count = sum(len(part.files) for part in parts)
+    total = sum(part.bytes for part in parts)
+    print(f"{args.output}: {count} files in {len(parts)} parts, {total / 1e6:.1f} MB")
+    return 0
+
+
+def _unpack_command(args: argparse.Namespace) -> int:
+    written, there = unpack(args.input, args.output)
+    print(f"{args.output}: {written} files written, {there} were there already")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
+        description="Train a list of configs within a given time; the same command again goes on "
+        "where it stood. Carry images and runs to other machines in parts.",
+        example="python -m engine.train_queue train --minutes 60\n"
+        "  python -m engine.train_queue pack --part-mb 20 --input load/photos --output parts\n"
+        "  python -m engine.train_queue unpack --input parts --output load",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|pack|unpack")
+    _add_train(commands)
+    _add_parts(commands)
+    return parser.parse_args()
+
+
+def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
+    train = commands.add_parser(
+        "train",
+        description="Train one config after the other, all GPUs together (./dist.sh). A run whose "
+        "time is up saves and goes on at the next call; a finished one gets its release.pth; one "
+        "that fails does not keep the others. Phase 1 waits for its phase 0.",
+        example="python -m engine.train_queue train --minutes 60 "
+        "--configs configs/cpu/carn-x4.yaml",
+    )
+    train.add_argument(
+        "--minutes", type=positive_float, required=True, help="For all of it, saving included."
+    )
+    train.add_argument(
+        "--configs",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="YAML",
+        help="What to train, in this order. Default: original, phase 0 and phase 1 of "
+        f"{', '.join(BACKBONES)} in configs/.",
+    )
+    train.add_argument(
+        "--save_dir",
+        type=Path,
+        default=ROOT / "save",
+        metavar="DIR",
+        help="Holds the runs' folders.",
+    )
+    train.add_argument(
+        "--margin",
+        type=positive_float,
+        default=MARGIN_S,
+        metavar="SECONDS",
+        help="A run is asked to save and stop so long before the end.",
+    )
+    train.add_argument("--device", help="As the training scripts take it. Default: the best.")
+    train.add_argument("--gpu", metavar="LIST", help="GPUs to use, such as 0,1. Default: all.")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY.PATH=VALUE",
+        help="Override one key of every config; may be given several times.",
+    )
+    train.set_defaults(run=_train_command)
+
+
+def _add_parts(commands: "argparse._SubParsersAction[Parser]") -> None:
+    packing = commands.add_parser(
+        "pack",
+        description="Write folders into tar files of a bounded size, with a manifest.",
+        example="python -m engine.train_queue pack --part-mb 20 --input load/photos --output parts",
+    )
+    packing.add_argument(
+        "--part-mb", type=positive_float, required=True, help="Most of a part, in 10^6 bytes."
+    )
+    packing.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="Folders: training images, or run folders such as save/carn-x4.",
+    )
+    packing.add_argument("--output", type=Path, required=True, metavar="DIR", help="For the parts.")
+    packing.set_defaults(run=_pack_command)
+    unpacking = commands.add_parser(
+        "unpack",
+        description="Verify parts and write their files. Files that are there stay.",
+        example="python -m engine.train_queue unpack --input parts --output load",
+    )
+    unpacking.add_argument(
+        "--input", type=Path, required=True, metavar="DIR", help="Folder of the parts."
+    )
+    unpacking.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="For the folders that were packed.",
+    )
+    unpacking.set_defaults(run=_unpack_command)
+
+
+def main() -> int:
+    """Parse the command line and do it."""
+    args = parse_arguments()
+    code: int = args.run(args)
+    return code
+
+
+if __name__ == "__main__":
+    run(main)
