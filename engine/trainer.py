@@ -105,7 +105,12 @@ class Trainer:
         config = self.config
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = BatchGradients(
-            make_objective(self.model, loss_rgb_w=config.loss_rgb_w, loss_avg_w=config.loss_avg_w),
+            make_objective(
+                self.model,
+                loss_rgb_w=config.loss_rgb_w,
+                loss_avg_w=config.loss_avg_w,
+                routing_loss=config.routing_loss,
+            ),
             trained,
             world=self.world,
             batch_size=self.data.batch_size,

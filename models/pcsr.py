@@ -81,25 +81,42 @@ class PCSR(nn.Module):
         residual = self.upsamplers[-1].dense(self.encode(lr), grid)
         return residual * self.norm.std + grid.bilinear(lr)
 
+    def outputs(self, lr: Tensor, size: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
+        """Every upsampler everywhere, and what the classifier says to it: what phase 1 trains.
+
+        Returns:
+            the upsamplers' outputs, light to heavy, each (B, 3, H, W); the logits (B, M, H, W)
+            float32.
+        """
+        grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
+        residuals, logits_BMHW = self._everywhere(lr, grid)
+        bilinear = grid.bilinear(lr)
+        return [r * self.norm.std + bilinear for r in residuals], logits_BMHW
+
     def mixture(self, lr: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The differentiable view that phase 1 trains: every upsampler everywhere.
+        """:meth:`outputs` under the classifier's probabilities: what the published loss looks at.
 
         Returns:
             the outputs' average under the classifier's probabilities, (B, 3, H, W), and these
             probabilities, (B, M, H, W) float32.
         """
+        grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
+        residuals, logits_BMHW = self._everywhere(lr, grid)
+        probs_BMHW = logits_BMHW.softmax(dim=1)
+        weighted = [p * r for p, r in zip(probs_BMHW.split(1, dim=1), residuals, strict=True)]
+        mixed = torch.stack(weighted).sum(dim=0)
+        return mixed * self.norm.std + grid.bilinear(lr), probs_BMHW
+
+    def _everywhere(self, lr: Tensor, grid: PixelGrid) -> tuple[list[Tensor], Tensor]:
+        """All upsamplers' residuals, each (B, 3, H, W), and the logits (B, M, H, W) float32."""
         if self.classifier is None:
             raise UserError("PCSR: a phase 0 model has no classifier")
-        grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
         *lights, heavy = self.upsamplers
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             feat = self.encode(lr)
             heavy_residual = heavy.dense(feat, grid)
-        probs_BMHW = self.classifier.dense(feat, grid).float().softmax(dim=1)
-        residuals = [light.dense(feat, grid) for light in lights] + [heavy_residual]
-        weighted = [p * r for p, r in zip(probs_BMHW.split(1, dim=1), residuals, strict=True)]
-        mixed = torch.stack(weighted).sum(dim=0)
-        return mixed * self.norm.std + grid.bilinear(lr), probs_BMHW
+        logits_BMHW = self.classifier.dense(feat, grid).float()
+        return [*(light.dense(feat, grid) for light in lights), heavy_residual], logits_BMHW
 
 
 def _light_names(count: int) -> list[str]:

@@ -69,7 +69,8 @@ class Config:
         psnr_type: "rgb" or "y", the channels that PSNR and SSIM are taken on.
         patch_size, step: patch-wise evaluation, in LR pixels.
         data_norm: ``{mean, std}`` on RGB in [0, 1], or None for the backbone's default.
-        loss_rgb_w, loss_avg_w: weights of phase 1's two losses.
+        routing_loss: spec of phase 1's loss; None for the published one.
+        loss_rgb_w, loss_avg_w: weights of its two parts, of the pixels and of the routing.
         iter_max, iter_print, iter_val, iter_save: in iterations.
         iter_save_s: save at least this often, in seconds; None for `iter_save` alone.
         scale: the original network's scale.
@@ -93,6 +94,7 @@ class Config:
     data_norm: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
     lr_scheduler: dict[str, Any] | None = None
+    routing_loss: dict[str, Any] | None = None
     loss_rgb_w: float = 1000.0
     loss_avg_w: float = 3.0
     iter_max: int = 0
