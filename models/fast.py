@@ -15,21 +15,25 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models.cost import UpsamplingCost
+from models.elementwise import sums_of_rows
 from models.grid import PixelGrid
 from models.inference import Upsampled
 from models.packed import PackedSampler
 from models.pcsr import PCSR
 from models.sampler import LIIFSampler
 
-# Sizes that keep a block's data in a CPU's L2 cache: 4096 pixels of a heavy upsampler of width 80
-# are 1.3 MB.
-BLOCK_PX = 1024
+# LR pixels that are worked on at once, and output pixels that go through an upsampler at once.
+# Measured on CPUs: what an upsampler of width 80 reads and writes of 4096 pixels a thread just
+# fits a cache of 2 MB; half precision takes twice as many.
+BLOCK_PX = 4096
+LEAST_BLOCK_PX = 1024
 CHUNK_PX = 4096
-# LR pixels of an encoder's run of rows. Measured on CARN: 4096 to 16384 take the same time, longer
-# ones fall out of the cache; an image of up to 32768 is fastest at once.
+# On other devices: enough to fill a GPU.
+DEVICE_BLOCK_PX = 2**18
+DEVICE_CHUNK_PX = 2**20
+# LR pixels of an encoder's run of rows; an image of up to four times as many is one run.
 RUN_PX = 8192
 HALF_MULTIPLE = 1024
 HALF_MIN_WIDTH = 48
@@ -40,8 +44,9 @@ class FastEngine:
 
     Args:
         model: in eval mode, on its device.
-        block_px: LR pixels that are worked on at once.
-        chunk_px: output pixels that go through an upsampler at once.
+        block_px: LR pixels that are worked on at once. Default: what suits the device.
+        chunk_px: the most output pixels that go through an upsampler at once; fewer where fewer
+            suit the device.
         run_px: LR pixels that go through the encoder at once.
         dtype: of convolutions and products. Images, margins and sums stay float32.
     """
@@ -50,8 +55,8 @@ class FastEngine:
         self,
         model: PCSR,
         *,
-        block_px: int = BLOCK_PX,
-        chunk_px: int = CHUNK_PX,
+        block_px: int | None = None,
+        chunk_px: int | None = None,
         run_px: int = RUN_PX,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -65,8 +70,10 @@ class FastEngine:
                 model.classifier, dtype=_product_dtype(model.classifier, dtype), margins=True
             )
         self.dtype = dtype
-        self.block_px = block_px
-        self.chunk_px = chunk_px
+        device = model.norm.mean.device
+        suitable = _chunk_px(device, dtype)
+        self.block_px = block_px or (BLOCK_PX if device.type == "cpu" else DEVICE_BLOCK_PX)
+        self.chunk_px = min(suitable, chunk_px or suitable)
         self.run_px = run_px
 
     def encode(self, lr: Tensor) -> Tensor:
@@ -162,9 +169,9 @@ class FastEngine:
         out_KhSwS = out_KHW.view(-1, h, scale, w, scale)
         for rows in self._strips(h, w):
             lr_QD = packed.lr_part(feat_hwC[rows].flatten(0, 1))
-            y_PQK = packed.finish((lr_QD + phases_PD[:, None]).flatten(0, 1))
-            y_SSrwK = y_PQK.view(scale, scale, -1, w, packed.out_dim)
-            out_KhSwS[:, rows] = y_SSrwK.permute(4, 2, 0, 3, 1)
+            y_KPQ = packed.finish((lr_QD + phases_PD[:, None]).flatten(0, 1))
+            y_KSSrw = y_KPQ.reshape(packed.out_dim, scale, scale, -1, w)
+            out_KhSwS[:, rows] = y_KSSrw.permute(0, 3, 1, 4, 2)
         return packed.flops(h * w, out_KHW[0].numel())
 
     def _margins_any(
@@ -176,9 +183,9 @@ class FastEngine:
             lr_hwD = packed.lr_part(feat_hwC[lr_rows])
             source = grid.rows.nearest[first:last] - lr_rows.start
             x = lr_hwD[source][:, grid.cols.nearest] + rows_HD[first:last, None] + cols_WD
-            y_QK = packed.finish(x.flatten(0, 1))
-            out_KHW[:, first:last] = y_QK.t().unflatten(1, (last - first, -1))
-            flops += packed.flops(lr_hwD[..., 0].numel(), len(y_QK))
+            y_KQ = packed.finish(x.flatten(0, 1))
+            out_KHW[:, first:last] = y_KQ.unflatten(1, (last - first, -1))
+            flops += packed.flops(lr_hwD[..., 0].numel(), y_KQ.shape[1])
         return flops
 
     def _add_phases(
@@ -194,30 +201,27 @@ class FastEngine:
         sr_3hSwS = sr_3HW.view(3, h, scale, w, scale)
         classes_hSwS = classes_HW.view(h, scale, w, scale)
         tables = [packed.phases(grid, scale) for packed in self.upsamplers]
-        std = self.norm.std.flatten()
+        std = self.norm.std.view(3, 1)
         for rows in self._strips(h, w):
             feat_QC = feat_hwC[rows].flatten(0, 1)
             # Phase by phase, so that what a phase adds is added to a contiguous run of pixels.
             classes_PQ = classes_hSwS[rows].permute(1, 3, 0, 2).reshape(scale * scale, -1)
-            residual = sr_3HW.new_empty(classes_PQ.numel(), 3)
+            residual_3Q = sr_3HW.new_empty(3, classes_PQ.numel())
             for j, packed in enumerate(self.upsamplers):
-                mask_PQ = classes_PQ == j
-                ends = mask_PQ.sum(dim=1).cumsum(0).tolist()
-                if ends[-1] == 0:
+                phase, source = (classes_PQ == j).nonzero(as_tuple=True)
+                if len(phase) == 0:
                     continue
-                work.add(j, ends[-1], packed.flops(len(feat_QC), ends[-1]))
-                phase, source = mask_PQ.nonzero(as_tuple=True)
-                target = phase.mul_(classes_PQ.shape[1]).add_(source)
-                lr_QD = packed.lr_part(feat_QC)
-                for run in _runs(ends, self.chunk_px):
-                    part = slice(run[0][1], run[-1][2])
-                    x_QD = lr_QD.index_select(0, self._padded(source[part], packed))
-                    for index, start, end in run:
-                        x_QD[start - part.start : end - part.start].add_(tables[j][index])
-                    y_Q3 = packed.finish(x_QD)[: part.stop - part.start]
-                    residual.index_copy_(0, target[part], y_Q3.float())
-            residual_SSrw3 = (residual * std).view(scale, scale, -1, w, 3)
-            sr_3hSwS[:, rows].add_(residual_SSrw3.permute(4, 2, 0, 3, 1))
+                work.add(j, len(phase), packed.flops(len(feat_QC), len(phase)))
+                target = (phase * len(feat_QC)).add_(source)
+                table = torch.cat([packed.lr_part(feat_QC), tables[j]])
+                summands_Q2 = torch.stack([source, phase.add_(len(feat_QC))], dim=1)
+                for part in _chunks(len(target), self.chunk_px):
+                    count = part.stop - part.start
+                    x_QD = sums_of_rows(table, self._padded(summands_Q2[part], packed))
+                    y_3Q = packed.finish(x_QD)[:, :count]
+                    residual_3Q.index_copy_(1, target[part], y_3Q.float())
+            residual_3SSrw = (residual_3Q * std).view(3, scale, scale, -1, w)
+            sr_3hSwS[:, rows].add_(residual_3SSrw.permute(0, 3, 1, 4, 2))
 
     def _add_any(
         self,
@@ -228,12 +232,12 @@ class FastEngine:
         work: "_Work",
     ) -> None:
         tables = [packed.axes(grid) for packed in self.upsamplers]
-        std = self.norm.std.flatten()
+        std = self.norm.std.view(3, 1)
         W, w = grid.cols.out_len, grid.cols.lr_len
         for first, last, lr_rows in self._out_strips(grid):
             feat_QC = feat_hwC[lr_rows].flatten(0, 1)
             chosen = classes_HW[first:last].flatten()
-            residual_Q3 = sr_3HW.new_empty(len(chosen), 3)
+            residual_3Q = sr_3HW.new_empty(3, len(chosen))
             for j, packed in enumerate(self.upsamplers):
                 picked = (chosen == j).nonzero()[:, 0]
                 if len(picked) == 0:
@@ -242,25 +246,34 @@ class FastEngine:
                 row, col = picked // W + first, picked % W
                 source = (grid.rows.nearest[row] - lr_rows.start) * w + grid.cols.nearest[col]
                 rows_HD, cols_WD = tables[j]
-                x_QD = packed.lr_part(feat_QC).index_select(0, self._padded(source, packed))
-                x_QD[: len(picked)].add_(rows_HD[row]).add_(cols_WD[col])
-                residual_Q3.index_copy_(0, picked, packed.finish(x_QD)[: len(picked)].float())
-            sr_3HW[:, first:last].add_((residual_Q3 * std).t().unflatten(1, (last - first, W)))
+                lr_QD = packed.lr_part(feat_QC)
+                x_QD = lr_QD.index_select(0, self._padded(source, packed))
+                inside = x_QD[: len(picked)]
+                inside.add_(rows_HD.index_select(0, row)).add_(cols_WD.index_select(0, col))
+                y_3Q = packed.finish(x_QD)[:, : len(picked)]
+                residual_3Q.index_copy_(1, picked, y_3Q.float())
+            residual_3rW = (residual_3Q * std).unflatten(1, (last - first, W))
+            sr_3HW[:, first:last].add_(residual_3rW)
 
     @staticmethod
-    def _padded(index_Q: Tensor, packed: PackedSampler) -> Tensor:
-        """`index_Q`, for products in half precision with zeros up to a multiple.
+    def _padded(index: Tensor, packed: PackedSampler) -> Tensor:
+        """`index` (Q, ...), for products in half precision with zeros up to a multiple.
 
         Half-precision products on a CPU are prepared anew for every number of rows, which takes
         longer than the product (measured: 0.35 us a pixel, the product 0.1 to 0.2).
         """
-        if packed.feature_CD.dtype == torch.float32 or index_Q.device.type != "cpu":
-            return index_Q
-        return F.pad(index_Q, (0, -len(index_Q) % HALF_MULTIPLE))
+        if packed.feature_CD.dtype == torch.float32 or index.device.type != "cpu":
+            return index
+        missing = -len(index) % HALF_MULTIPLE
+        return torch.cat([index, index.new_zeros(missing, *index.shape[1:])])
 
     def _strips(self, h: int, w: int) -> Iterator[slice]:
-        """Strips of LR rows of about `block_px` pixels."""
-        step = max(1, self.block_px // w)
+        """Strips of LR rows of about `block_px` pixels, or half of them all.
+
+        An upsampler's first layer runs on a whole strip where one of its pixels needs it: on a
+        small image a strip that is all of it would leave a budget nothing to choose.
+        """
+        step = max(1, min(self.block_px, max(LEAST_BLOCK_PX, h * w // 2)) // w)
         for start in range(0, h, step):
             yield slice(start, min(h, start + step))
 
@@ -283,6 +296,12 @@ class FastEngine:
             last = min(H, first + step)
             nearest = grid.rows.nearest
             yield first, last, slice(int(nearest[first]), int(nearest[last - 1]) + 1)
+
+
+def _chunk_px(device: torch.device, dtype: torch.dtype) -> int:
+    if device.type != "cpu":
+        return DEVICE_CHUNK_PX
+    return CHUNK_PX * torch.get_num_threads() * (1 if dtype == torch.float32 else 2)
 
 
 def _product_dtype(sampler: LIIFSampler, dtype: torch.dtype) -> torch.dtype:
@@ -309,14 +328,7 @@ def _pixel_major(feat_BChw: Tensor) -> Tensor:
     return feat_BChw.permute(0, 2, 3, 1).contiguous()
 
 
-def _runs(ends: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Group consecutive (phase, start, end) so that a group holds about `most` pixels."""
-    run: list[tuple[int, int, int]] = []
-    start = 0
-    for phase, end in enumerate(ends):
-        if run and end - run[0][1] > most:
-            yield run
-            run = []
-        run.append((phase, start, end))
-        start = end
-    yield run
+def _chunks(count: int, most: int) -> Iterator[slice]:
+    """Consecutive slices of `most`, up to `count`."""
+    for start in range(0, count, most):
+        yield slice(start, min(count, start + most))

@@ -27,7 +27,7 @@ class PackedSampler:
         feature_CD: Wf transposed.
         geometry_4D: the columns of W1 for rel_y, rel_x, cell_y, cell_x.
         bias_D: b1, and 1 for the unit that is always 1.
-        layers: transposed weights of the other layers; the last is not padded.
+        layers: transposed weights of the other layers; the last, not padded, is given as (O, D).
     """
 
     feature_CD: Tensor
@@ -73,7 +73,7 @@ class PackedSampler:
             layer[used, :out] = bias
             if not last:
                 layer[used, out] = 1
-            layers.append(layer.to(dtype))
+            layers.append((layer.t() if last else layer).to(dtype).contiguous())
             width = columns
         return cls(
             feature_CD=first_TD[: sampler.in_dim].to(dtype).contiguous(),
@@ -85,7 +85,7 @@ class PackedSampler:
     @property
     def out_dim(self) -> int:
         """O, the number of outputs."""
-        return self.layers[-1].shape[1] if self.layers else self.feature_CD.shape[1]
+        return self.layers[-1].shape[0] if self.layers else self.feature_CD.shape[1]
 
     def flops(self, lr_pixels: int, pixels: int) -> int:
         """Executed FLOPs: the first layer on LR pixels, the others on output pixels."""
@@ -112,11 +112,20 @@ class PackedSampler:
         return (rows_HD[:scale, None] + cols_WD[None, :scale]).flatten(0, 1)
 
     def finish(self, x_QD: Tensor) -> Tensor:
-        """(Q, D) float32 sums of the first layer, overwritten, to (Q, O)."""
+        """(Q, D) float32 sums of the first layer, overwritten, to (O, Q).
+
+        In float32 the few outputs are the product's rows: as its columns they take twice as long.
+        """
         x_QD = x_QD.to(self.feature_CD.dtype)
-        for weight in self.layers:
+        if not self.layers:
+            return x_QD.t()
+        *hidden, last = self.layers
+        for weight in hidden:
             x_QD = torch.mm(relu_(x_QD), weight)
-        return x_QD
+        relu_(x_QD)
+        if x_QD.dtype == torch.float32:
+            return torch.mm(last, x_QD.t())
+        return torch.mm(x_QD, last.t()).t()
 
 
 def _padded(width: int, multiple: int) -> int:
