@@ -3,6 +3,7 @@
 Axes: h w LR, H W output, M upsamplers.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 import models
 from engine.budget import BudgetPlan
-from models import inference
+from models import inference, kernels
 from models.backbones.base import SRNetwork
 from models.cost import ImageCost
-from models.fast import CHUNK_PX, FastEngine
+from models.fast import FastEngine
 from models.grid import PixelGrid
 from models.inference import (
     PATCH_BATCH_SIZE,
@@ -35,6 +36,8 @@ from utils.device import resolve_precision
 from utils.errors import UserError
 from utils.flops import PcsrCost, executed_flops, paper_flops
 from utils.machine import Timer
+
+_log = logging.getLogger(__name__)
 
 EngineName = Literal["fast", "reference"]
 ENGINES: tuple[EngineName, ...] = ("fast", "reference")
@@ -255,7 +258,15 @@ def make_engine(
         if dtype != torch.float32:
             raise UserError(f"--engine reference works in fp32, not {precision}")
         return ReferenceEngine(model, pixel_batch_size=pixel_batch_size)
-    return FastEngine(model, chunk_px=min(CHUNK_PX, pixel_batch_size), dtype=dtype)
+    device = model.norm.mean.device
+    if device.type != "cpu" and kernels.available(device):
+        from models.fused import FusedEngine  # needs Triton
+
+        try:
+            return FusedEngine(model, dtype=dtype)
+        except UserError as error:
+            _log.warning("%s; plain torch is used instead", error)
+    return FastEngine(model, chunk_px=pixel_batch_size, dtype=dtype)
 
 
 def load_model(path: Path, device: torch.device, config: Config | None = None) -> nn.Module:

@@ -30,7 +30,7 @@ DRIVER_BROKEN = "echo 'NVIDIA-SMI has failed: no driver'; exit 9"
 
 def requirements(name: str) -> dict[str, str]:
     """Package names, in lower case, and the versions that stand after == or >=."""
-    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    lines = (re.split("[#;]", line)[0].strip() for line in (ROOT / name).read_text().splitlines())
     parts = (re.split("==|>=", line) for line in lines if line)
     return {part[0].lower(): part[1] for part in parts}
 
