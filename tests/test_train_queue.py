@@ -12,7 +12,7 @@ import torch
 
 from engine.parts import MANIFEST_NAME, pack, unpack
 from engine.stop import StopSignal
-from engine.train_queue import FAILED, Job, train_all
+from engine.train_queue import FAILED, Job, parse_arguments, train_all
 from tests.training import make_pictures, raw_config
 from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint, save_checkpoint
 from utils.config import dump_yaml, load_config
@@ -162,3 +162,11 @@ def test_names_that_lead_out_are_refused(pictures, tmp_path) -> None:
     with pytest.raises(UserError, match=r"out\.txt"):
         unpack(output, tmp_path / "there")
     assert not (tmp_path / "out.txt").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "pack", "unpack"])
+def test_help(command, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["train_queue", command, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments()
+    assert f"python -m engine.train_queue {command}" in capsys.readouterr().out

@@ -16,8 +16,9 @@ EXIT_INTERRUPTED = 130
 class Parser(argparse.ArgumentParser):
     """Argument parser that shows defaults, keeps the layout of epilogs, and errs in one line."""
 
-    def __init__(self, *, description: str, example: str) -> None:
+    def __init__(self, *, description: str, example: str, prog: str | None = None) -> None:
         super().__init__(
+            prog=prog,
             description=description,
             epilog=f"example:\n  {example}",
             formatter_class=_HelpFormatter,
