@@ -260,7 +260,7 @@ def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument(
         "--save_dir",
         type=Path,
-        default=ROOT / "save",
+        default=Path("save"),
         metavar="DIR",
         help="Holds the runs' folders.",
     )
