@@ -8,6 +8,7 @@ straightforward and the factorised path read the same table.
 Axes: B batch, C channels, h w LR, H W output, Q output pixels in row-major order.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ class GridAxis:
         lower, upper: (out_len,) int64, the LR pixels of the *whole* axis on both sides, the same
             beyond the border.
         weight: (out_len,) float32 in [0, 1), the weight of `upper` in linear interpolation.
+        span: the first of `lower` and the last of `upper`.
     """
 
     lr_len: int
@@ -41,6 +43,7 @@ class GridAxis:
     lower: Tensor
     upper: Tensor
     weight: Tensor
+    span: tuple[int, int]
 
     @classmethod
     def build(cls, lr_len: int, out_len: int, device: torch.device | str = "cpu") -> "GridAxis":
@@ -62,6 +65,7 @@ class GridAxis:
         inside = numerator.clamp(0, (lr_len - 1) * denominator)
         lower = torch.div(inside, denominator, rounding_mode="floor")
         weight = (inside - denominator * lower).double() / denominator
+        upper = (lower + 1).clamp_max(lr_len - 1)
         return cls(
             lr_len=lr_len,
             out_len=out_len,
@@ -70,8 +74,9 @@ class GridAxis:
             cell=2 * lr_len / out_len,
             integer_scale=out_len // lr_len if out_len % lr_len == 0 else None,
             lower=lower.to(device),
-            upper=(lower + 1).clamp_max(lr_len - 1).to(device),
+            upper=upper.to(device),
             weight=weight.float().to(device),
+            span=(int(lower[0]), int(upper[-1])),
         )
 
     def part(self, lr_first: int, lr_last: int) -> tuple["GridAxis", slice]:
@@ -82,6 +87,8 @@ class GridAxis:
         bounds = self.nearest.new_tensor([lr_first, lr_last])
         first, last = torch.searchsorted(self.nearest, bounds).tolist()
         run = slice(first, last)
+        lower, upper = self.lower[run], self.upper[run]
+        span = (int(lower[0]), int(upper[-1])) if first < last else (0, -1)
         part = GridAxis(
             lr_len=lr_last - lr_first,
             out_len=last - first,
@@ -89,9 +96,10 @@ class GridAxis:
             rel=self.rel[run],
             cell=self.cell,
             integer_scale=self.integer_scale,
-            lower=self.lower[run],
-            upper=self.upper[run],
+            lower=lower,
+            upper=upper,
             weight=self.weight[run],
+            span=span,
         )
         return part, run
 
@@ -110,11 +118,11 @@ class PixelGrid:
         out_size: tuple[int, int],
         device: torch.device | str = "cpu",
     ) -> "PixelGrid":
-        """Grid for LR (h, w) and output (H, W), with its tables on `device`."""
-        return cls(
-            GridAxis.build(lr_size[0], out_size[0], device),
-            GridAxis.build(lr_size[1], out_size[1], device),
-        )
+        """Grid for LR (h, w) and output (H, W), with its tables on `device`.
+
+        Built once and then remembered: training asks for the same one in every iteration.
+        """
+        return _build(tuple(lr_size), tuple(out_size), torch.device(device))
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -142,8 +150,8 @@ class PixelGrid:
         if rows.out_len == 0:
             return lr_BChw.new_empty(*lr_BChw.shape[:2], 0, cols.out_len)
         # Columns first: there are fewer LR rows, and whole rows are then copied as they are.
-        first, last = int(rows.lower[0]), int(rows.upper[-1]) + 1
-        source = lr_BChw[:, :, first:last]
+        first, last = rows.span
+        source = lr_BChw[:, :, first : last + 1]
         right = source.index_select(3, cols.upper)
         wide = source.index_select(3, cols.lower).lerp_(right, cols.weight.to(right.dtype))
         under = wide.index_select(2, rows.upper - first)
@@ -171,3 +179,21 @@ class PixelGrid:
         cell = position.new_tensor([self.rows.cell, self.cols.cell]).expand_as(position)
         geometry = torch.cat([position, cell], dim=-1).to(feat_BQC.dtype)
         return torch.cat([feat_BQC, geometry.expand(len(feat_BQC), -1, -1)], dim=-1)
+
+
+# To torch.compile the tables are constants, as the sizes are.
+@torch.compiler.assume_constant_result
+def _build(lr_size: tuple[int, int], out_size: tuple[int, int], device: torch.device) -> PixelGrid:
+    return _build_once(lr_size, out_size, device)
+
+
+@functools.lru_cache(maxsize=32)
+def _build_once(
+    lr_size: tuple[int, int], out_size: tuple[int, int], device: torch.device
+) -> PixelGrid:
+    # Ordinary tensors, as a grid that was first wanted for inference may be trained with later.
+    with torch.inference_mode(False):
+        return PixelGrid(
+            GridAxis.build(lr_size[0], out_size[0], device),
+            GridAxis.build(lr_size[1], out_size[1], device),
+        )
