@@ -12,12 +12,23 @@ from engine.microbatches import is_first, sum_over_batch
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch norm over all micro-batches. Returns the output, the batch's mean and variance."""
+    """Batch norm over all micro-batches, in float32 or wider."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalise a micro-batch by the statistics of the whole batch.
+
+        Args:
+            x: (B, C, h, w) of any float dtype.
+            weight, bias: (C,), in float32 or wider.
+            eps: is added to the variance.
+
+        Returns:
+            the output like `x`; in float64 the batch's mean and variance (biased), (C,), and the
+            number of values that they are of, (C,): not differentiable.
+        """
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         own_mean = wide.mean((0, 2, 3))
         own_var = (wide - own_mean[:, None, None]).square_().mean((0, 2, 3))
@@ -38,6 +49,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:  # type: ignore[override]
+        """Gradients of `x`, `weight` and `bias`: these of the micro-batch alone."""
         wide, weight, centre, inv_std, count = ctx.saved_tensors
         grad_out = grad.to(wide.dtype)
         normal = (wide - centre[:, None, None]).mul_(inv_std[:, None, None])
@@ -55,6 +67,7 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same; in training, updates the running statistics once a batch."""
         if not self.training:
             return super().forward(x)
         out, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
@@ -83,3 +96,8 @@ def synchronise_batch_norm(module: nn.Module) -> None:
         for key, buffer in child.named_buffers():
             setattr(synced, key, buffer)
         setattr(module, name, synced.train(child.training))
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """True where `module`, in its present mode, normalises by the batch that it is given."""
+    return any(isinstance(m, nn.BatchNorm2d) and m.training for m in module.modules())

@@ -1,4 +1,6 @@
-"""What a training run leaves to be read: log lines, metrics.jsonl and tensorboard scalars."""
+"""What a training run leaves to be read: log lines, metrics.jsonl, and tensorboard's scalars and
+pictures.
+"""
 
 import json
 import logging
@@ -14,8 +16,8 @@ from torch import Tensor
 from engine.validation import ValidationRow
 from utils.atomic import write_text
 from utils.metrics import json_number
+from utils.run_metrics import METRICS_NAME, parse_row, read_rows, validation_name
 
-METRICS_NAME = "metrics.jsonl"
 # Above this share of waiting for data, the log says what helps.
 _MUCH_DATA = 0.5
 
@@ -40,6 +42,7 @@ class Recorder:
         self._writer: SummaryWriter | None = None
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+        self._averaged = 0
         self._data_s = 0.0
         self._lr = 0.0
         self._since = time.monotonic()
@@ -57,16 +60,20 @@ class Recorder:
             self._writer.close()
 
     def add(self, losses: dict[str, Tensor], lr: float, data_s: float) -> None:
-        """Note one iteration and how long it waited for data; nothing is read from the device."""
+        """Note one iteration and how long it waited for data; nothing is read from the device.
+
+        `losses` are empty where the update was left out: it counts as time, but not as a value.
+        """
         for name, value in losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
+        self._averaged += bool(losses)
         self._data_s += data_s
         self._lr = lr
 
     def flush(self, iteration: int) -> str:
         """Write the means since the last call; returns them in short, for a progress bar."""
-        means = {name: value.item() / self._count for name, value in self._sums.items()}
+        means = {name: value.item() / self._averaged for name, value in self._sums.items()}
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = self._count / seconds
         share = self._data_s / seconds
@@ -78,7 +85,7 @@ class Recorder:
             "images_per_s": rate * self._batch_size,
             "data_share": share,
         }
-        short = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        short = ", ".join(f"{name} {value:.4g}" for name, value in means.items()) or "no update"
         text = (
             f"iteration {iteration}/{self._end}: {short}, lr {self._lr:.3g}, {rate:.3g} it/s, "
             f"{rate * self._batch_size:.3g} images/s, data {100 * share:.0f} %, ETA {left}"
@@ -90,7 +97,8 @@ class Recorder:
                 "most of the time goes into loading data: raise `train_dataset.num_workers`, or "
                 "set `train_dataset.dataset.args.cache: in_memory`"
             )
-        self._sums, self._count, self._data_s, self._since = {}, 0, 0.0, time.monotonic()
+        self._sums, self._count, self._averaged = {}, 0, 0
+        self._data_s, self._since = 0.0, time.monotonic()
         return f"{short}, {rate * self._batch_size:.3g} images/s"
 
     def validation(
@@ -110,8 +118,34 @@ class Recorder:
                     f"{100 * row.heavy_share:.1f} % heavy"
                 )
                 key = {"kind": "valid", "scale": scale, "name": row.name}
-                self._write(iteration, key, values, f"valid_x{scale:g}_{row.name}", text)
+                tag = f"valid_x{scale:g}_{row.name}"
+                self._write(iteration, key, values, tag, text)
+                if self._writer is not None and row.picture is not None:
+                    self._writer.add_image(tag, row.picture, iteration, dataformats="HWC")
         self._since = time.monotonic()
+
+    def summary(self) -> str:
+        """Log and return the best and the last validation figures, parts before a resume included.
+
+        One line for each set and way of running the model; empty where nothing was validated, and
+        on ranks that write nothing.
+        """
+        if self._folder is None or not (self._folder / METRICS_NAME).is_file():
+            return ""
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for row in read_rows(self._folder / METRICS_NAME)[0]:
+            if row["kind"] == "valid" and row.get("psnr") is not None:
+                by_name.setdefault(validation_name(row), []).append(row)
+        lines = []
+        for name, rows in by_name.items():
+            best, last = max(rows, key=lambda row: row["psnr"]), rows[-1]
+            lines.append(
+                f"validation {name}: best {best['psnr']:.3f} dB at iteration {best['iteration']}, "
+                f"last {last['psnr']:.3f} dB at iteration {last['iteration']}"
+            )
+        for line in lines:
+            logger.info("%s", line)
+        return "\n".join(lines)
 
     def _write(
         self, iteration: int, key: dict[str, Any], values: dict[str, float], tag: str, text: str
@@ -132,13 +166,6 @@ def _trim(path: Path, last: int) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _iteration(line) <= last]
+    kept = [line for line in lines if (row := parse_row(line)) and row["iteration"] <= last]
     if kept != lines:
         write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def _iteration(line: str) -> float:
-    try:
-        return float(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -4,10 +4,10 @@ import logging
 import time
 from pathlib import Path
 
+from engine.checkpoints import all_paths
 from engine.recorder import METRICS_NAME
 from engine.start import Start
-from utils.atomic import remove_leftovers, write_text
-from utils.checkpoint import LAST_NAME
+from utils.atomic import write_text
 from utils.config import Config, dump_yaml
 from utils.log import add_file
 
@@ -23,7 +23,6 @@ def open_folder(save_dir: Path, config: Config, start: Start) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    remove_leftovers(save_dir / LAST_NAME)
     kept = None if start.resumes else set_aside(save_dir)
     add_file(save_dir / LOG_NAME)
     write_text(save_dir / CONFIG_NAME, dump_yaml({**config.raw, "seed": start.seed}))
@@ -41,9 +40,9 @@ def set_aside(save_dir: Path) -> Path | None:
 
     Released weights stay. Returns the folder that they are in now; None where there were none.
     """
-    names = (LAST_NAME, METRICS_NAME, LOG_NAME, CONFIG_NAME)
+    names = (METRICS_NAME, LOG_NAME, CONFIG_NAME)
     found = [path for name in names if (path := save_dir / name).exists()]
-    found += save_dir.glob("events.out.*")
+    found += [*all_paths(save_dir), *save_dir.glob("events.out.*")]
     if not found:
         return None
     kept = _new_name(save_dir / time.strftime("before-%Y%m%d-%H%M%S"))

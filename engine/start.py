@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints import load_newest
 from utils.checkpoint import LAST_NAME, check_same_model, find_weights, load_checkpoint
 from utils.config import Config
 from utils.errors import UserError
@@ -47,15 +48,16 @@ class Start:
 def find_start(config: Config, options: TrainOptions) -> Start:
     """Decide where to start, and read the checkpoint for it.
 
-    Nothing is written; see `engine.run_folder` for what an earlier run left.
+    Where the newest checkpoint is damaged, an older one is taken, with a warning. Nothing is
+    written; see `engine.run_folder` for what an earlier run left.
 
     Raises:
         UserError: a checkpoint that is missing, damaged, of another model, or holds no more than
             weights; phase 1 without phase 0's weights.
     """
-    path = _checkpoint_to_resume(options)
-    if path is not None:
-        return _resumed(config, path)
+    found = _checkpoint_to_resume(options)
+    if found is not None:
+        return _resumed(config, *found)
     seed = secrets.randbits(31) if config.seed is None else config.seed
     if config.phase == 1:
         path = phase0_weights(config, options)
@@ -92,17 +94,17 @@ def phase0_weights(config: Config, options: TrainOptions) -> Path:
     )
 
 
-def _checkpoint_to_resume(options: TrainOptions) -> Path | None:
+def _checkpoint_to_resume(options: TrainOptions) -> tuple[Path, dict[str, Any]] | None:
     if options.resume == "never":
         return None
     if options.resume != "auto":
-        return Path(options.resume).expanduser()
+        path = Path(options.resume).expanduser()
+        return path, load_checkpoint(path)
     last = options.save_dir / LAST_NAME
-    return last if last.exists() else None
+    return load_newest(last) if last.exists() else None
 
 
-def _resumed(config: Config, path: Path) -> Start:
-    checkpoint = load_checkpoint(path)
+def _resumed(config: Config, path: Path, checkpoint: dict[str, Any]) -> Start:
     iteration = checkpoint.get("iter")
     parts = [checkpoint.get(key) for key in ("optimizer", "lr_scheduler")]
     complete = all(isinstance(part, dict) and "sd" in part for part in parts)

@@ -54,6 +54,18 @@ def check_model(config: Config, model: nn.Module) -> None:
         )
 
 
+def check_compile(config: Config) -> None:
+    """Refuse micro-batches for a compiled objective, which runs in one thread.
+
+    Raises:
+        UserError: both are asked for.
+    """
+    if config.compile != "none" and config.microbatches not in (None, 1):
+        raise UserError(
+            "config: `compile` and `microbatches` do not go together: leave one of them out"
+        )
+
+
 def check_scale(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     """Refuse samples whose scale is not that of an original network.
 

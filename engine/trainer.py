@@ -1,29 +1,27 @@
 """The training loop that originals and both PCSR phases share."""
 
 import logging
-import math
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import models
+from engine.checkpoints import Checkpoints
+from engine.compiled import compiled
 from engine.data import Batch, to_device, train_batches, validation_sets
-from engine.gradients import BatchGradients
+from engine.divergence import Divergence, first_not_finite
+from engine.gradients import BatchGradients, Losses
 from engine.objectives import make_objective
-from engine.optim import OPTIMIZERS, SCHEDULERS, load_optimizer
 from engine.recorder import Recorder
 from engine.run_folder import open_folder
 from engine.start import Start, TrainOptions, find_start
+from engine.state import TrainState
 from engine.stop import StopSignal
-from engine.train_checks import check_model, check_scale, required_sections
-from engine.validation import ValidationRow, validate
-from utils.checkpoint import LAST_NAME, load_phase0, load_weights, save_checkpoint
+from engine.train_checks import check_compile, check_model, check_scale, required_sections
+from engine.validation import validate
 from utils.config import Config
 from utils.distributed import (
     World,
@@ -62,8 +60,8 @@ class Trainer:
         self.options = options
         self.world = world
         self.start = start
-        self.last_path = options.save_dir / LAST_NAME
         self._saved_at = 0.0
+        self._saved_iteration: int | None = None
         together(self._build)
         broadcast_state(self.model)
 
@@ -84,6 +82,7 @@ class Trainer:
         """Everything that a wrong config can break."""
         config, start = self.config, self.start
         data, optimizer_spec = required_sections(config)
+        check_compile(config)
         self.data = data
         torch.manual_seed(start.seed)
         self.model = models.make(config.model, data_norm=config.data_norm)
@@ -91,9 +90,19 @@ class Trainer:
         self.model.to(self.world.device).train()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._build_optimiser(optimizer_spec)
-        if start.checkpoint is not None and start.path is not None:
-            self._load(start.checkpoint, start.path)
+        self.state = TrainState(config, self.model, optimizer_spec, start)
+        self.gradients = self._make_gradients()
+        self.checkpoints = Checkpoints(
+            self.options.save_dir, keep_last=config.keep_last, resumes=start.resumes
+        )
+        if start.resumes and start.path == self.checkpoints.last_path:
+            self._saved_iteration = start.iteration
+        self.divergence = Divergence(
+            self.state,
+            allowed=config.nan_skip,
+            seed=start.seed,
+            last=self.checkpoints.last_path,
+        )
         self.batches = train_batches(
             data, seed=start.seed, start=start.iteration, stop=config.iter_max, world=self.world
         )
@@ -101,29 +110,26 @@ class Trainer:
         if config.valid_dataset is not None:
             self.validation = validation_sets(config.valid_dataset)
 
-    def _build_optimiser(self, optimizer_spec: dict[str, Any]) -> None:
+    def _make_gradients(self) -> BatchGradients:
         config = self.config
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.gradients = BatchGradients(
-            make_objective(
-                self.model,
-                loss_rgb_w=config.loss_rgb_w,
-                loss_avg_w=config.loss_avg_w,
-                routing_loss=config.routing_loss,
-            ),
-            trained,
+        objective = make_objective(
+            self.model,
+            loss_rgb_w=config.loss_rgb_w,
+            loss_avg_w=config.loss_avg_w,
+            routing_loss=config.routing_loss,
+        )
+        run = compiled(objective, config.compile, self.world.device)
+        return BatchGradients(
+            objective,
+            self.state.trained,
             world=self.world,
             batch_size=self.data.batch_size,
-            microbatches=config.microbatches,
+            microbatches=config.microbatches if run is None else 1,
             precision=config.precision,
+            rounds=config.accumulate,
+            clip=config.grad_clip,
+            run=run,
         )
-        scheduler_spec = config.lr_scheduler or {
-            "name": "CosineAnnealingLR_Restart",
-            "args": {"T_period": [config.iter_max], "eta_min": 1e-7},
-        }
-        self.specs = {"optimizer": optimizer_spec, "lr_scheduler": scheduler_spec}
-        self.optimizer = OPTIMIZERS.make(optimizer_spec, "optimizer", params=trained)
-        self.scheduler = SCHEDULERS.make(scheduler_spec, "lr_scheduler", optimizer=self.optimizer)
 
     # The loop
 
@@ -142,21 +148,16 @@ class Trainer:
                 return 128 + signal_number
             losses = self._iterate(step, batch)
             done = step + 1
-            printing = _is_due(done, config.iter_print, end)
-            validating = bool(self.validation) and _is_due(done, config.iter_val, end)
-            # Before a validation, too: it may take longer than who ends the run will wait.
-            saving = validating or _is_due(done, config.iter_save, end)
-            if printing or saving or self.world.device.type == "cpu":
-                self._check_finite(losses, done)
-            recorder.add(losses, self.optimizer.param_groups[0]["lr"], waited_s)
+            recorder.add(losses, self.state.lr, waited_s)
             bar.update()
-            if printing:
+            if _is_due(done, config.iter_print, end):
                 bar.set_postfix_str(recorder.flush(done))
-            if saving:
+            # Before a validation, too: it may take longer than who ends the run will wait.
+            if self._is_validated(done) or _is_due(done, config.iter_save, end):
                 self._save(done)
-            if validating:
-                recorder.validation(done, self._validate())
-        logger.info("finished at iteration %d: %s", end, self.last_path)
+            if self._is_validated(done):
+                self._validate(done, recorder)
+        logger.info("finished at iteration %d: %s%s", end, self.checkpoints.last_path, self._best())
         return 0
 
     def _next_batch(self, signal_number: int) -> tuple[Batch, int, bool]:
@@ -186,77 +187,72 @@ class Trainer:
             fail_together(problem)
         return batch, signal_number, bool(saving)
 
-    def _iterate(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """One iteration; returns its losses, means over all ranks."""
+    def _iterate(self, step: int, batch: Batch) -> Losses:
+        """One iteration; returns its losses, means over all ranks; none if it is left out."""
         lr = batch["lr"]
         if self.config.channels_last:
             lr = lr.contiguous(memory_format=torch.channels_last)
-        self.scheduler.set_step(step)
+        self.state.set_step(step)
+        buffers = self.state.buffers() if self.config.nan_skip else []
         losses = self.gradients(lr, batch["hr"])
-        self.optimizer.step()
+        done = step + 1
+        bad = first_not_finite(losses) if self._is_checked(done) else None
+        if bad is not None:
+            self.divergence.leave_out(bad, done)
+            self.state.restore_buffers(buffers)
+            return {}
+        self.state.update(done)
         return losses
 
-    def _validate(self) -> list[tuple[float, list[ValidationRow]]]:
-        with self.gradients.all_threads():
-            return validate(
+    def _is_checked(self, done: int) -> bool:
+        """Whether to look at the losses now: on a GPU that means waiting for it."""
+        config, end = self.config, self.config.iter_max
+        if config.nan_skip or self.world.device.type == "cpu" or self._is_validated(done):
+            return True
+        return _is_due(done, config.iter_print, end) or _is_due(done, config.iter_save, end)
+
+    # Validation and checkpoints
+
+    def _is_validated(self, done: int) -> bool:
+        return bool(self.validation) and _is_due(done, self.config.iter_val, self.config.iter_max)
+
+    def _validate(self, done: int, recorder: Recorder) -> None:
+        with self.gradients.all_threads(), self.state.averaged():
+            results = validate(
                 self.model,
                 self.validation,
                 psnr_type=self.config.psnr_type,  # type: ignore[arg-type]
                 world=self.world,
             )
-
-    def _check_finite(self, losses: dict[str, Tensor], done: int) -> None:
-        # All ranks see the same losses, so all come to the same end.
-        bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
-        if bad:
-            fail_together(self._divergence(bad[0], done))
-
-    def _divergence(self, what: str, done: int) -> str:
-        kept = "no checkpoint was written yet"
-        if self.last_path.is_file():
-            kept = f"the last good checkpoint is kept, {self.last_path}"
-        return (
-            f"training diverged: {what} is not finite at iteration {done} (seed "
-            f"{self.start.seed}); {kept}: lower `optimizer.args.lr` and run again"
-        )
-
-    # The checkpoint
+        recorder.validation(done, results)
+        psnr = results[0][1][0].psnr
+        together(lambda: self._write_best(done, psnr) if self.world.is_main else None)
 
     def _save(self, done: int) -> None:
-        together(lambda: self._write_checkpoint(done) if self.world.is_main else None)
+        if done == self._saved_iteration:
+            return
+        self._saved_iteration = done
+        together(lambda: self._write(done) if self.world.is_main else None)
         self._saved_at = time.monotonic()
 
-    def _write_checkpoint(self, done: int) -> None:
-        states = {
-            "model": (self.config.model, self.model.state_dict()),
-            "optimizer": (self.specs["optimizer"], self.optimizer.state_dict()),
-            "lr_scheduler": (self.specs["lr_scheduler"], self.scheduler.state_dict()),
-        }
-        for name, tensor in states["model"][1].items():
-            if not bool(tensor.isfinite().all()):
-                raise UserError(self._divergence(name, done))
-        content = {
-            key: {"name": spec["name"], "args": dict(spec.get("args") or {}), "sd": state}
-            for key, (spec, state) in states.items()
-        }
-        rng = torch.get_rng_state()
-        save_checkpoint(
-            self.last_path, {**content, "iter": done, "seed": self.start.seed, "rng": rng}
-        )
+    def _write(self, done: int) -> None:
+        self.divergence.check_weights(done)
+        self.checkpoints.save(self.state.content(done))
 
-    def _load(self, checkpoint: dict[str, Any], path: Path) -> None:
-        if not self.start.resumes:
-            load_phase0(self.model, checkpoint["model"]["sd"], path)
-            return
-        load_weights(self.model, checkpoint["model"]["sd"], path)
-        load_optimizer(self.optimizer, checkpoint["optimizer"]["sd"], path)
-        self.scheduler.set_step(self.start.iteration)
-        if isinstance(checkpoint.get("rng"), Tensor):
-            torch.set_rng_state(checkpoint["rng"])
+    def _write_best(self, done: int, psnr: float) -> None:
+        self.checkpoints.save_if_best(self.state.content(done), psnr)
+
+    def _best(self) -> str:
+        best = self.checkpoints.best
+        if best is None:
+            return ""
+        where = f"{self.checkpoints.best_path}, {best.psnr:.3f} dB at iteration {best.iteration}"
+        return f"; best in validation: {where}"
 
     # What one sees
 
     def _open_folder(self) -> None:
+        self.checkpoints.remove_leftovers()
         open_folder(self.options.save_dir, self.config, self.start)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import logging
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.training import make_config, make_pictures, run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -39,3 +42,35 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
         report.outcome = "failed"
         report.longrepr = f"PCSR_REQUIRE_GOLDEN is set, but this test was skipped: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small pictures to train with."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def fresh_logging() -> Any:
+    """As the scripts have it; and without the log files that runs add."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    root.setLevel(logging.INFO)
+    yield
+    root.setLevel(level)
+    for handler in [h for h in root.handlers if h not in before]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@pytest.fixture
+def phase0(pictures: Path, tmp_path: Path) -> Any:
+    """Trains phase 0 of a kind where its phase 1 looks for it."""
+
+    def prepare(kind: str) -> Path:
+        folder = tmp_path / kind.replace("phase1", "phase0")
+        if kind.endswith("phase1") and not folder.exists():
+            run(make_config(folder.name, pictures, iter_max=1), folder)
+        return folder
+
+    return prepare

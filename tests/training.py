@@ -2,15 +2,17 @@
 
 import copy
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from engine.start import TrainOptions
-from engine.trainer import train
+from engine.trainer import Trainer, train
 from utils.checkpoint import LAST_NAME, load_checkpoint
 from utils.config import Config, check_config
 from utils.distributed import World
@@ -117,3 +119,15 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
         assert a.keys() == b.keys()
         return [d for key in a for d in differences(a[key], b[key], f"{where}.{key}")]
     return [] if a == b else [where]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Send the process a signal in the middle of an iteration."""
+    iterate = Trainer._iterate
+
+    def iterate_and_signal(self: Trainer, current: int, batch: Any) -> Any:
+        if current == step:
+            signal.raise_signal(number)
+        return iterate(self, current, batch)
+
+    monkeypatch.setattr(Trainer, "_iterate", iterate_and_signal)

@@ -2,30 +2,32 @@
 
 import contextlib
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def replace_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
+def replace_file(
+    path: str | Path, *, sync: bool = True, first: Callable[[], None] | None = None
+) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it replaces `path`, on failure it goes.
 
     The content is flushed to the disk before the replacement (unless `sync` is false: for files
     that can be made again), so a crash or a full disk leaves the old file as it was. Missing
-    parent folders are made.
+    parent folders are made. `first` is called once the new file is safe, before the old one goes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: writers choose the format by it.
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}"
-    )
+    temporary = _temporary(path)
     try:
         yield temporary
         if sync:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+        if first is not None:
+            first()
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -34,6 +36,28 @@ def replace_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """Give the file at `path` the second name `name`, taking it from another file that has it.
+
+    A link where the file system has links, so that it takes no time and no space; else a copy.
+    """
+    temporary = _temporary(name)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy2(path, temporary)
+        temporary.replace(name)
+    finally:
+        # Also where both names are of one file already: replacing it by itself does nothing.
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    # The suffix stays last: writers choose the format by it.
+    return path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
 
 
 def write_text(path: str | Path, text: str) -> None:

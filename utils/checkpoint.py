@@ -1,13 +1,14 @@
 """Checkpoints: spec and tensors in one file, loaded without running anything it holds.
 
-Format: ``{model: {name, args, sd}, optimizer: {...}, lr_scheduler: {...}, iter}``; released weights
-hold `model` and `iter`. Published checkpoints of the same format load as they are.
+Format: ``{model: {name, args, sd}, optimizer: {...}, lr_scheduler: {...}, iter}``, and where the
+weights are averaged, ``ema: {decay, sd}``; released weights hold `model` and `iter`. Published
+checkpoints of the same format load as they are.
 """
 
 import io
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from utils.atomic import replace_file
 from utils.errors import UserError
 
 LAST_NAME = "iter_last.pth"
+BEST_NAME = "best.pth"
 RELEASE_NAME = "release.pth"
 # Buffers that published checkpoints lack: they come from the config or the backbone's default.
 _OPTIONAL = ("norm.mean", "norm.std")
@@ -92,8 +94,13 @@ def build_model(
         model = models.make(spec, data_norm=data_norm)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
-    load_weights(model, spec["sd"], path)
+    load_weights(model, weights_for_inference(checkpoint), path)
     return model.eval()
+
+
+def weights_for_inference(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict to run: the trained weights' averages where the checkpoint holds some."""
+    return {**checkpoint["model"]["sd"], **checkpoint.get("ema", {}).get("sd", {})}
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -159,8 +166,13 @@ def check_same_model(config_spec: Mapping[str, Any], spec: Mapping[str, Any], pa
         )
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, content: Mapping[str, Any], first: Callable[[], None] | None = None
+) -> None:
     """Write a checkpoint so that at any moment `path` is whole: the old one or the new one.
+
+    Args:
+        first: called once the new one is safe on the disk, before the old one goes.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file is untouched.
@@ -169,7 +181,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     try:
-        with replace_file(path) as temporary:
+        with replace_file(path, first=first) as temporary:
             temporary.write_bytes(buffer.getbuffer())
     except OSError as error:
         kept = "the one before is kept" if path.is_file() else "nothing was written"

@@ -79,6 +79,14 @@ class Config:
         precision: "fp32" or "bf16" (autocast) arithmetic in training.
         channels_last: memory layout of the convolutions in training.
         microbatches: on the CPU, pieces that a batch is cut into, one thread each; None for 4.
+        accumulate: parts that a batch is computed in one after another, for less memory.
+        grad_clip: the largest norm of the gradient of all weights; None for any.
+        ema: decay of the average of the weights that validation and release take; None for none.
+        warmup: iterations in which the learning rate grows to that of `lr_scheduler`.
+        nan_skip: updates in a row that are left out where loss or gradient is not finite, before
+            the run stops; 0 stops at once.
+        compile: "none", "default" (torch.compile) or "graphs" (CUDA graphs).
+        keep_last: checkpoints to keep: iter_last.pth and those before it.
         raw: the whole config as read, overrides applied.
     """
 
@@ -108,6 +116,13 @@ class Config:
     precision: str = "fp32"
     channels_last: bool = False
     microbatches: int | None = None
+    accumulate: int = 1
+    grad_clip: float | None = None
+    ema: float | None = None
+    warmup: int = 0
+    nan_skip: int = 0
+    compile: str = "none"
+    keep_last: int = 2
     raw: dict[str, Any] = field(default_factory=dict)
 
 
@@ -115,6 +130,7 @@ _CHOICES = {
     "phase": (0, 1),
     "psnr_type": ("rgb", "y"),
     "precision": ("fp32", "bf16"),
+    "compile": ("none", "default", "graphs"),
 }
 _AT_LEAST_ONE = (
     "patch_size",
@@ -124,6 +140,8 @@ _AT_LEAST_ONE = (
     "iter_save",
     "scale",
     "microbatches",
+    "accumulate",
+    "keep_last",
 )
 
 
@@ -215,6 +233,10 @@ def _check_value(kind: Any, value: Any, where: str, key: str) -> Any:
     lowest = 1 if key in _AT_LEAST_ONE else 0
     if isinstance(checked, (int, float)) and checked < lowest:
         raise UserError(f"config: `{where}` must be {lowest} or more, not {value!r}")
+    if key == "ema" and checked >= 1:
+        raise UserError(f"config: `{where}` must be below 1, not {value!r}")
+    if key == "grad_clip" and checked == 0:
+        raise UserError(f"config: `{where}` must be above 0: leave it out for no limit")
     return checked
 
 

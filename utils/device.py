@@ -6,6 +6,9 @@ import torch
 
 from utils.errors import UserError
 
+# Where torch's optimisers have a step that is one kernel.
+FUSED_DEVICES = ("cpu", "cuda")
+
 
 def pick_device(name: str = "auto", gpu: str | None = None) -> torch.device:
     """The device to work on.

@@ -6,7 +6,13 @@
 from pathlib import Path
 
 from utils.atomic import write_text
-from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint, save_checkpoint
+from utils.checkpoint import (
+    LAST_NAME,
+    RELEASE_NAME,
+    load_checkpoint,
+    save_checkpoint,
+    weights_for_inference,
+)
 from utils.cli import Parser, run
 
 EVIDENCE = ("config.yaml", "log.txt", "metrics.jsonl")
@@ -14,6 +20,8 @@ EVIDENCE = ("config.yaml", "log.txt", "metrics.jsonl")
 
 def release(folder: Path) -> Path:
     """Write `folder`/release.pth: spec, weights and iteration of its iter_last.pth.
+
+    Of averaged weights (`ema`), the averages are released.
 
     The run's config, log and metrics are kept beside it as ``release.*``, which training never
     touches.
@@ -23,7 +31,8 @@ def release(folder: Path) -> Path:
     """
     last = load_checkpoint(folder / LAST_NAME)
     path = folder / RELEASE_NAME
-    save_checkpoint(path, {"model": last["model"], "iter": last["iter"]})
+    model = {**last["model"], "sd": weights_for_inference(last)}
+    save_checkpoint(path, {"model": model, "iter": last["iter"]})
     for name in EVIDENCE:
         if (folder / name).is_file():
             write_text(folder / f"release.{name}", (folder / name).read_text(encoding="utf-8"))

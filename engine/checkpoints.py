@@ -1,0 +1,149 @@
+"""The checkpoints in the folder of a run: the last ones, and the best one.
+
+``iter_last.pth`` is the newest, ``iter_last.1.pth`` the one before it, and so on; ``best.pth`` is
+the one with the highest validation PSNR. Each can be resumed from and holds all that inference
+needs. Nothing else in the folder is touched.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.atomic import keep_as, remove_leftovers
+from utils.checkpoint import BEST_NAME, LAST_NAME, load_checkpoint, save_checkpoint
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The highest validation PSNR of a run, in dB, and after how many iterations it was."""
+
+    psnr: float
+    iteration: int
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run.
+
+    Args:
+        folder: of the run.
+        keep_last: how many of the last ones to keep, at least 1.
+        resumes: the run goes on, so that `best.pth` is to be beaten.
+
+    Attributes:
+        best: what `best.pth` holds; None where there is none.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, resumes: bool) -> None:
+        self._last = folder / LAST_NAME
+        self._best = folder / BEST_NAME
+        self._keep_last = keep_last
+        self.best = _read_best(self._best) if resumes else None
+
+    @property
+    def last_path(self) -> Path:
+        """Where the newest is."""
+        return self._last
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best is."""
+        return self._best
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half-written."""
+        for path in (self._last, self._best):
+            remove_leftovers(path)
+
+    def save(self, content: Mapping[str, Any]) -> None:
+        """Write the newest; the one before it is kept as the config says.
+
+        Raises:
+            UserError: it cannot be written; then all are as they were.
+        """
+        save_checkpoint(self._last, content, first=self._make_room)
+
+    def save_if_best(self, content: Mapping[str, Any], psnr: float) -> None:
+        """Write the best one, if `psnr` is a number and above that of the best one so far.
+
+        Raises:
+            UserError: as :meth:`save`.
+        """
+        if math.isnan(psnr) or (self.best is not None and psnr <= self.best.psnr):
+            return
+        best = Best(psnr, content["iter"])
+        save_checkpoint(
+            self._best, {**content, "best": {"psnr": best.psnr, "iteration": best.iteration}}
+        )
+        self.best = best
+
+    def _make_room(self) -> None:
+        """Shift the last ones by one name; at each moment all but the oldest are there."""
+        first = older_path(self._last, 1)
+        # The same file: the run was killed between this and the replacement of the newest.
+        if not self._last.exists() or (first.exists() and first.samefile(self._last)):
+            return
+        for age in range(self._keep_last - 1, 1, -1):
+            before = older_path(self._last, age - 1)
+            if before.exists():
+                before.replace(older_path(self._last, age))
+        if self._keep_last > 1:
+            keep_as(self._last, first)
+
+
+def older_path(last: Path, age: int) -> Path:
+    """Where the checkpoint is that was written `age` times before `last`."""
+    return last.with_name(f"{last.stem}.{age}{last.suffix}")
+
+
+def all_paths(folder: Path) -> list[Path]:
+    """All checkpoints that a run wrote to its folder and that are there."""
+    last = folder / LAST_NAME
+    older = [p for p in folder.glob(f"{last.stem}.*{last.suffix}") if p.suffixes[-2][1:].isdigit()]
+    return [p for p in (last, *sorted(older), folder / BEST_NAME) if p.exists()]
+
+
+def load_newest(last: Path) -> tuple[Path, dict[str, Any]]:
+    """Read `last`; where it is damaged, the newest of the run's others, with a warning.
+
+    Raises:
+        UserError: none can be read.
+    """
+    try:
+        return last, load_checkpoint(last)
+    except UserError as error:
+        problem = str(error)
+    others = [path for path in all_paths(last.parent) if path != last]
+    readable = [found for path in others if (found := _readable(path)) is not None]
+    if not readable:
+        older = "no older one can be read" if others else "there is no older one"
+        raise UserError(f"{problem}; {older}: start anew with --resume never")
+    path, checkpoint = max(readable, key=lambda found: found[1]["iter"])
+    logger.warning(
+        "%s; going on from %s, of iteration %d, instead", problem, path, checkpoint["iter"]
+    )
+    return path, checkpoint
+
+
+def _readable(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    try:
+        checkpoint = load_checkpoint(path)
+    except UserError:
+        return None
+    return (path, checkpoint) if isinstance(checkpoint.get("iter"), int) else None
+
+
+def _read_best(path: Path) -> Best | None:
+    if not path.exists():
+        return None
+    try:
+        found = load_checkpoint(path).get("best")
+        return Best(float(found["psnr"]), int(found["iteration"]))  # type: ignore[index]
+    except (UserError, TypeError, KeyError, ValueError):
+        logger.warning("%s cannot be read: the next validation replaces it", path)
+        return None

@@ -1,0 +1,60 @@
+"""An objective, compiled by torch: fused kernels, and CUDA graphs where they are asked for."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+Objective = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+_MODES = {"default": "default", "graphs": "reduce-overhead"}
+
+
+def compiled(objective: nn.Module, mode: str, device: torch.device) -> Objective | None:
+    """What to call in place of `objective`, which stays the owner of its parameters.
+
+    Compilation happens at the first call, and again for other image sizes.
+
+    Args:
+        objective: takes (lr, hr), returns losses by name.
+        mode: "none", "default" or "graphs": the config's `compile`.
+        device: where it computes.
+
+    Returns:
+        takes and returns what `objective` does; None for the mode "none".
+
+    Raises:
+        UserError: "graphs" on a device that has none; at the first call: there is no compiler.
+    """
+    if mode == "none":
+        return None
+    if mode == "graphs" and device.type == "cpu":
+        raise UserError("config: `compile: graphs` is for GPUs: on a CPU take `none` or `default`")
+    run = torch.compile(objective, mode=_MODES[mode])
+
+    def call(lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            losses = run(lr, hr)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            if not _lacks_compiler(error):
+                raise
+            raise UserError(
+                f"config: `compile: {mode}` needs a working compiler ({_first_line(error)}): "
+                f"install g++ (and, for a GPU, triton), or leave `compile` out"
+            ) from error
+        # The next step of a CUDA graph writes over what this one returned.
+        return {name: value.clone() for name, value in losses.items()}
+
+    return call
+
+
+def _lacks_compiler(error: BaseException) -> bool:
+    words = ("compiler", "triton", "g++", "gcc", "cpp")
+    return any(word in f"{type(error).__name__} {error}".lower() for word in words)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

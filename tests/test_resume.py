@@ -1,0 +1,182 @@
+"""A run may end at any moment and goes on as if nothing had happened; what is there is kept."""
+
+import copy
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.trainer import Trainer
+from tests.training import (
+    KINDS,
+    checkpoint_of,
+    differences,
+    make_config,
+    metrics_of,
+    raw_config,
+    run,
+    stop_at,
+)
+from utils.checkpoint import LAST_NAME, save_checkpoint
+from utils.config import check_config
+from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fresh_logging")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_and_resumed_equals_straight_through(
+    kind: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase0: Any
+) -> None:
+    phase0(kind)
+    config = make_config(kind, pictures, iter_max=4)
+    assert run(config, tmp_path / "straight") == 0
+    number = signal.SIGTERM if "phase" in kind else signal.SIGINT
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, number)
+        assert run(config, tmp_path / "resumed") == 128 + number
+    assert checkpoint_of(tmp_path / "resumed")["iter"] == 2
+    assert run(config, tmp_path / "resumed") == 0
+    straight, resumed = (checkpoint_of(tmp_path / name) for name in ("straight", "resumed"))
+    assert not differences(straight, resumed)
+    rows = metrics_of(tmp_path / "resumed")
+    assert [row["iteration"] for row in rows] == [2, 4]
+
+
+def test_a_finished_run_is_left_alone_and_can_be_extended(pictures: Path, tmp_path: Path) -> None:
+    run(make_config("fsrcnn", pictures, iter_max=2), tmp_path)
+    before = (tmp_path / LAST_NAME).read_bytes()
+    assert run(make_config("fsrcnn", pictures, iter_max=2), tmp_path) == 0
+    assert (tmp_path / LAST_NAME).read_bytes() == before
+    run(make_config("fsrcnn", pictures, iter_max=3), tmp_path)
+    assert checkpoint_of(tmp_path)["iter"] == 3
+
+
+def test_resume_never_keeps_what_was_there(pictures: Path, tmp_path: Path) -> None:
+    config = make_config("fsrcnn", pictures, iter_max=2)
+    run(config, tmp_path)
+    (tmp_path / "release.pth").write_bytes(b"released")
+    before = (tmp_path / LAST_NAME).read_bytes()
+    rows = metrics_of(tmp_path)
+    run(make_config("fsrcnn", pictures, iter_max=1, seed=5), tmp_path, resume="never")
+    assert checkpoint_of(tmp_path)["iter"] == 1
+    (kept,) = tmp_path.glob("before-*")
+    assert (kept / LAST_NAME).read_bytes() == before
+    assert metrics_of(kept) == rows
+    assert [row["iteration"] for row in metrics_of(tmp_path)] == [1]
+    assert (tmp_path / "release.pth").read_bytes() == b"released"
+
+
+def test_resume_from_a_path(pictures: Path, tmp_path: Path) -> None:
+    run(make_config("fsrcnn", pictures, iter_max=2), tmp_path / "a")
+    config = make_config("fsrcnn", pictures, iter_max=3)
+    run(config, tmp_path / "b", resume=str(tmp_path / "a" / LAST_NAME))
+    run(config, tmp_path / "a")
+    assert not differences(checkpoint_of(tmp_path / "a"), checkpoint_of(tmp_path / "b"))
+
+
+def test_the_configs_rate_counts_after_resuming(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config("fsrcnn", pictures, iter_max=1)
+    run(config, tmp_path)
+    optimizer = copy.deepcopy(config.optimizer)
+    assert optimizer is not None
+    optimizer["args"]["lr"] = 5e-3
+    with caplog.at_level(logging.INFO):
+        run(make_config("fsrcnn", pictures, iter_max=2, optimizer=optimizer), tmp_path)
+    assert metrics_of(tmp_path)[-1]["lr"] == pytest.approx(5e-3, rel=0.01)
+    assert "`optimizer` was" in caplog.text and "resumed at iteration 1" in caplog.text
+
+
+def test_metrics_of_lost_iterations_go(pictures: Path, tmp_path: Path) -> None:
+    config = make_config("fsrcnn", pictures, iter_max=2, iter_print=1)
+    run(config, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"iteration": 3, "kind": "train"}\n{"iteration": 3, "ki')
+    run(make_config("fsrcnn", pictures, iter_max=4, iter_print=1), tmp_path)
+    assert [row["iteration"] for row in metrics_of(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_leftovers_of_a_killed_run_go(pictures: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / ".iter_last.1-a.tmp.pth"
+    leftover.write_bytes(b"half")
+    run(make_config("fsrcnn", pictures, iter_max=1), tmp_path)
+    assert not leftover.exists()
+
+
+def test_checkpoints_that_do_not_fit_are_named(pictures: Path, tmp_path: Path) -> None:
+    config = make_config("fsrcnn", pictures, iter_max=2)
+    run(make_config("fsrcnn", pictures, iter_max=1), tmp_path)
+    good = checkpoint_of(tmp_path)
+    path = tmp_path / LAST_NAME
+    state = good["optimizer"]["sd"]
+    cases = [
+        ({"model": good["model"], "iter": 1}, "holds weights only"),
+        ({**good, "optimizer": {}}, "holds weights only"),
+        ({**good, "optimizer": {"sd": {"state": {}, "param_groups": []}}}, "holds 0 tensors"),
+        ({**good, "optimizer": {"sd": {"state": 3, "param_groups": state["param_groups"]}}}, "fit"),
+        ({**good, "model": {**good["model"], "name": "carn"}}, "holds `carn`"),
+    ]
+    for content, message in cases:
+        save_checkpoint(path, content)
+        with pytest.raises(UserError, match=message):
+            run(config, tmp_path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged"):
+        run(config, tmp_path)
+
+
+def test_nothing_is_moved_before_a_new_run_can_start(pictures: Path, tmp_path: Path) -> None:
+    run(make_config("fsrcnn", pictures, iter_max=1), tmp_path)
+    raw = raw_config("fsrcnn", pictures)
+    raw["train_dataset"]["dataset"]["args"]["root_path"] = "/no"
+    with pytest.raises(UserError):
+        run(check_config(raw, "x"), tmp_path, resume="never")
+    assert (tmp_path / LAST_NAME).exists() and not list(tmp_path.glob("before-*"))
+
+
+# When it saves, when it stops
+
+
+def test_checkpoint_by_the_clock(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate = Trainer._iterate
+
+    def crash_at_3(self: Trainer, step: int, batch: Any) -> Any:
+        if step == 3:
+            raise RuntimeError("crash")
+        return iterate(self, step, batch)
+
+    monkeypatch.setattr(Trainer, "_iterate", crash_at_3)
+    for limit in (0, 3600):
+        config = make_config("fsrcnn", pictures, iter_save_s=limit)
+        with pytest.raises(RuntimeError, match="crash"):
+            run(config, tmp_path / str(limit))
+    assert checkpoint_of(tmp_path / "0")["iter"] == 3
+    assert not (tmp_path / "3600" / "iter_last.pth").exists()
+
+
+def test_failed_start_leaves_no_untrained_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    """It would stand in for released weights."""
+    raw = raw_config("fsrcnn", pictures)
+    raw["train_dataset"]["wrapper"]["args"]["inp_size"] = 5000
+    with pytest.raises(UserError, match="too small"):
+        run(check_config(raw, "run"), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_a_signal_before_the_first_iteration_leaves_no_checkpoint(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_batch = Trainer._next_batch
+
+    def signal_first(self: Trainer, number: int) -> Any:
+        return next_batch(self, number or signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_next_batch", signal_first)
+    assert run(make_config("fsrcnn", pictures, iter_save_s=0), tmp_path) == 143
+    assert not (tmp_path / LAST_NAME).exists()

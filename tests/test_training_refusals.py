@@ -1,0 +1,85 @@
+"""What training refuses, in one line that names it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training import (
+    make_pictures,
+    raw_config,
+    run,
+)
+from utils.checkpoint import LAST_NAME
+from utils.config import check_config
+from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fresh_logging")
+
+
+def changed(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`raw` with one key replaced, or removed where `value` is None."""
+    *parents, last = path.split(".")
+    node = raw
+    for parent in parents:
+        node = node[parent]
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "message"),
+    [
+        ("fsrcnn", "train_dataset", None, "key `train_dataset` is missing"),
+        ("fsrcnn", "optimizer", None, "key `optimizer` is missing"),
+        ("fsrcnn", "iter_max", None, "key `iter_max` is missing"),
+        ("fsrcnn", "scale", 2, "`scale` is 2, but the model is built for 4"),
+        ("fsrcnn", "phase", 0, "`phase` is 0, but `model` is `fsrcnn`, not PCSR"),
+        ("fsrcnn", "model.args", {"no_upsampling": True}, "is no original network"),
+        ("fsrcnn", "model.args", {"upscale": 2}, "enlarges 2 times, .* scale is 4"),
+        ("carn-phase0", "phase", 1, "`phase` is 1, but `model`, `pcsr-phase0`, has no classifier"),
+        ("carn-phase1", "phase", 0, "`phase` is 0, but `model`, `pcsr-phase1`, has a classifier"),
+        ("fsrcnn", "optimizer.name", "sgd", "unknown optimizer `sgd`; known: adam"),
+        ("fsrcnn", "optimizer.args.lr", 0, "`optimizer.args.lr` must be positive"),
+        ("fsrcnn", "lr_scheduler.name", "Cosine", "known: CosineAnnealingLR_Restart"),
+        ("fsrcnn", "train_dataset.dataset.name", "folder", "known: image-folder, paired"),
+        ("fsrcnn", "train_dataset.wrapper.name", "sr", "known: sr-implicit-downsampled"),
+        ("fsrcnn", "train_dataset.dataset.args.root_path", "/no/such", "/no/such"),
+        ("fsrcnn", "train_dataset.wrapper.args.inp_size", 99, r"\d.png is 48x48, too small"),
+    ],
+)
+def test_wrong_configs_are_named(
+    kind: str, path: str, value: Any, message: str, pictures: Path, tmp_path: Path, phase0: Any
+) -> None:
+    init = str(phase0(kind) / LAST_NAME) if kind.endswith("phase1") else None
+    config = check_config(changed(raw_config(kind, pictures), path, value), kind)
+    if config.phase == 1:
+        init = str(phase0("carn-phase1") / LAST_NAME)
+    with pytest.raises(UserError, match=message) as caught:
+        run(config, tmp_path / "run", init=init)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_picture_is_named_in_one_line(
+    workers: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = make_pictures(tmp_path / "pictures")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
+    raw = raw_config("fsrcnn", folder)
+    raw["train_dataset"]["num_workers"] = workers
+    raw["train_dataset"]["dataset"]["args"]["cache"] = "none"
+    with pytest.raises(UserError, match=r"3\.png") as caught:
+        run(check_config(raw, "x"), tmp_path / "run")
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_whole_images_of_different_sizes_need_inp_size(tmp_path: Path) -> None:
+    folder = make_pictures(make_pictures(tmp_path / "p", count=5).parent / "p", 1, side=32)
+    raw = raw_config("fsrcnn", folder)
+    del raw["train_dataset"]["wrapper"]["args"]["inp_size"]
+    with pytest.raises(UserError, match=r"`train_dataset.wrapper.args.inp_size` is missing"):
+        run(check_config(raw, "x"), tmp_path / "run")
