@@ -91,7 +91,7 @@ def _device_batches(samples: Any, world: World) -> DeviceBatches | None:
     try:
         return DeviceBatches(samples, world.device, processes)
     except NotOnDevice as reason:
-        logger.info("cache `device` is replaced by `%s`: %s", reason.instead, reason)
+        logger.warning("cache `device` is replaced by `%s`: %s", reason.instead, reason)
         samples.dataset.load(reason.instead)
         return None
 
