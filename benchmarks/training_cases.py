@@ -106,6 +106,7 @@ class Setting:
             "valid_dataset": None,
             "precision": case.precision or "fp32",
             "compile": case.compile or "none",
+            "channels_last": self.device.type == "cpu",  # as in configs/cpu/
             "iter_max": iterations,
             "iter_print": max(1, iterations // _PARTS),
             "iter_save": iterations,
