@@ -1,9 +1,10 @@
 """The fast engine: equal to `models.reference` up to rounding, and what users run.
 
 What makes it fast: the first layer of every MLP runs once per LR pixel (see `models.sampler`);
-batch norm is folded and convolutions run channels-last; each pixel goes through its own upsampler
-only, gathered in blocks that stay in cache; there is no temporary of the output's size but the
-output and the class map.
+batch norm is folded and convolutions run channels-last; the lightest upsampler runs without
+gathering on every strip of rows where a pixel needs it, and each heavier one on its own pixels,
+gathered in blocks that stay in cache; there is no temporary of the output's size but the output and
+the class map.
 
 Axes: B batch, C channels, h w LR, H W output, M upsamplers, K = M - 1 margins, Q pixels, D hidden
 width.
@@ -33,8 +34,8 @@ CHUNK_PX = 4096
 # On other devices: enough to fill a GPU.
 DEVICE_BLOCK_PX = 2**18
 DEVICE_CHUNK_PX = 2**20
-# LR pixels of an encoder's run of rows; an image of up to four times as many is one run.
-RUN_PX = 8192
+# LR pixels of an encoder's run of rows; an image of up to twice as many is one run.
+RUN_PX = 16384
 HALF_MULTIPLE = 1024
 HALF_MIN_WIDTH = 48
 
@@ -104,7 +105,7 @@ class FastEngine:
 
     def _pushed_rows(self, h: int, w: int) -> int:
         """Rows that the encoder's stream is given at once."""
-        return h if h * w <= 4 * self.run_px else max(1, self.run_px // w)
+        return h if h * w <= 2 * self.run_px else max(1, self.run_px // w)
 
     def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
         lasts = itertools.accumulate(run_rows)
@@ -115,14 +116,20 @@ class FastEngine:
         if self.classifier is not None:
             W = grid.cols.out_len
             classifier = sum(self.classifier.flops(lr_px, rows * W) for rows, lr_px in strips)
-        first_layers = [
-            [packed.flops(lr_px, 0) for packed in self.upsamplers] for _, lr_px in strips
+        lightest, *heavier = self.upsamplers
+        # The lightest runs on whole strips, of the others only the first layer does.
+        per_strip = [
+            [
+                lightest.flops(lr_px, rows * grid.cols.out_len),
+                *(packed.flops(lr_px, 0) for packed in heavier),
+            ]
+            for rows, lr_px in strips
         ]
         return UpsamplingCost(
             fixed=classifier,
-            pixel=tuple(packed.flops(0, 1) for packed in self.upsamplers),
+            pixel=(0, *(packed.flops(0, 1) for packed in heavier)),
             strip_starts=tuple(starts)[:-1],
-            strip=np.array(first_layers, np.float64),
+            strip=np.array(per_strip, np.float64),
         )
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
@@ -168,8 +175,7 @@ class FastEngine:
         h, w = feat_hwC.shape[:2]
         out_KhSwS = out_KHW.view(-1, h, scale, w, scale)
         for rows in self._strips(h, w):
-            lr_QD = packed.lr_part(feat_hwC[rows].flatten(0, 1))
-            y_KPQ = packed.finish((lr_QD + phases_PD[:, None]).flatten(0, 1))
+            y_KPQ = _all_phases(packed, feat_hwC[rows].flatten(0, 1), phases_PD)
             y_KSSrw = y_KPQ.reshape(packed.out_dim, scale, scale, -1, w)
             out_KhSwS[:, rows] = y_KSSrw.permute(0, 3, 1, 4, 2)
         return packed.flops(h * w, out_KHW[0].numel())
@@ -180,12 +186,12 @@ class FastEngine:
         flops = 0
         rows_HD, cols_WD = packed.axes(grid)
         for first, last, lr_rows in self._out_strips(grid):
-            lr_hwD = packed.lr_part(feat_hwC[lr_rows])
+            feat_rwC = feat_hwC[lr_rows]
             source = grid.rows.nearest[first:last] - lr_rows.start
-            x = lr_hwD[source][:, grid.cols.nearest] + rows_HD[first:last, None] + cols_WD
-            y_KQ = packed.finish(x.flatten(0, 1))
+            lr_rwD = packed.lr_part(feat_rwC)[source]
+            y_KQ = _all_pixels(packed, lr_rwD, rows_HD[first:last], cols_WD, grid)
             out_KHW[:, first:last] = y_KQ.unflatten(1, (last - first, -1))
-            flops += packed.flops(lr_hwD[..., 0].numel(), y_KQ.shape[1])
+            flops += packed.flops(feat_rwC[..., 0].numel(), y_KQ.shape[1])
         return flops
 
     def _add_phases(
@@ -207,7 +213,12 @@ class FastEngine:
             # Phase by phase, so that what a phase adds is added to a contiguous run of pixels.
             classes_PQ = classes_hSwS[rows].permute(1, 3, 0, 2).reshape(scale * scale, -1)
             residual_3Q = sr_3HW.new_empty(3, classes_PQ.numel())
-            for j, packed in enumerate(self.upsamplers):
+            lights = int((classes_PQ == 0).sum())
+            if lights:
+                lightest = self.upsamplers[0]
+                residual_3Q = _all_phases(lightest, feat_QC, tables[0]).float()
+                work.add(0, lights, lightest.flops(len(feat_QC), classes_PQ.numel()))
+            for j, packed in enumerate(self.upsamplers[1:], start=1):
                 phase, source = (classes_PQ == j).nonzero(as_tuple=True)
                 if len(phase) == 0:
                     continue
@@ -238,7 +249,15 @@ class FastEngine:
             feat_QC = feat_hwC[lr_rows].flatten(0, 1)
             chosen = classes_HW[first:last].flatten()
             residual_3Q = sr_3HW.new_empty(3, len(chosen))
-            for j, packed in enumerate(self.upsamplers):
+            lights = int((chosen == 0).sum())
+            if lights:
+                lightest, (rows_HD, cols_WD) = self.upsamplers[0], tables[0]
+                source = grid.rows.nearest[first:last] - lr_rows.start
+                lr_rwD = lightest.lr_part(feat_hwC[lr_rows])[source]
+                y_3Q = _all_pixels(lightest, lr_rwD, rows_HD[first:last], cols_WD, grid)
+                residual_3Q = y_3Q.float()
+                work.add(0, lights, lightest.flops(len(feat_QC), len(chosen)))
+            for j, packed in enumerate(self.upsamplers[1:], start=1):
                 picked = (chosen == j).nonzero()[:, 0]
                 if len(picked) == 0:
                     continue
@@ -273,9 +292,11 @@ class FastEngine:
         An upsampler's first layer runs on a whole strip where one of its pixels needs it: on a
         small image a strip that is all of it would leave a budget nothing to choose.
         """
-        step = max(1, min(self.block_px, max(LEAST_BLOCK_PX, h * w // 2)) // w)
-        for start in range(0, h, step):
-            yield slice(start, min(h, start + step))
+        most = max(1, min(self.block_px, max(LEAST_BLOCK_PX, h * w // 2)) // w)
+        count = -(-h // most)
+        # Of equal height: a rest of a row or two would take as long as a strip.
+        for index in range(count):
+            yield slice(index * h // count, (index + 1) * h // count)
 
     def _strip_sizes(self, grid: PixelGrid) -> Iterator[tuple[int, int]]:
         """Output rows and LR pixels of each strip."""
@@ -302,6 +323,25 @@ def _chunk_px(device: torch.device, dtype: torch.dtype) -> int:
     if device.type != "cpu":
         return DEVICE_CHUNK_PX
     return CHUNK_PX * torch.get_num_threads() * (1 if dtype == torch.float32 else 2)
+
+
+def _all_phases(packed: PackedSampler, feat_QC: Tensor, phases_PD: Tensor) -> Tensor:
+    """All output pixels of some LR pixels at an integer scale, phase by phase: (O, P Q)."""
+    lr_QD = packed.lr_part(feat_QC)
+    return packed.finish((lr_QD + phases_PD[:, None]).flatten(0, 1))
+
+
+def _all_pixels(
+    packed: PackedSampler, lr_rwD: Tensor, rows_rD: Tensor, cols_WD: Tensor, grid: PixelGrid
+) -> Tensor:
+    """All pixels of r output rows: (O, r W).
+
+    Args:
+        lr_rwD: the nearest LR rows' part of the first layer.
+        rows_rD, cols_WD: the positions' part.
+    """
+    x_rWD = lr_rwD[:, grid.cols.nearest] + rows_rD[:, None] + cols_WD
+    return packed.finish(x_rWD.flatten(0, 1))
 
 
 def _product_dtype(sampler: LIIFSampler, dtype: torch.dtype) -> torch.dtype:

@@ -31,10 +31,10 @@ from utils.errors import UserError
 # How far the kernels may be from plain torch, relative to it.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
-# LR pixels of an encoder's run of rows: enough to fill a GPU; images of up to four times as many
+# LR pixels of an encoder's run of rows: enough to fill a GPU; images of up to twice as many
 # (1920x1080) are one run. A run's largest tensors are the first layers' sums: 0.4 GB each at a
 # width of 192 in float32.
-RUN_PX = 2**19
+RUN_PX = 2**20
 
 
 class FusedEngine(FastEngine):
