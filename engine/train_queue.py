@@ -48,12 +48,8 @@ class Job:
     @property
     def iteration(self) -> int:
         """Iterations done; those of released weights count where there is nothing left to do."""
-        for name in (LAST_NAME, RELEASE_NAME):
-            if (self.folder / name).is_file():
-                done = load_checkpoint(self.folder / name).get("iter", 0)
-                if name == LAST_NAME or done >= self.config.iter_max:
-                    return int(done)
-        return 0
+        last, released = (_iteration(self.folder / name) for name in (LAST_NAME, RELEASE_NAME))
+        return released if last == 0 and released >= self.config.iter_max else last
 
     @property
     def is_finished(self) -> bool:
@@ -68,8 +64,6 @@ class Job:
 
     def describe(self, state: str) -> str:
         """Its state on one line."""
-        if state.startswith(FAILED):
-            return f"{self.config.name}: {state}"
         quality = _last_validation(self.folder / METRICS_NAME)
         shown = "" if quality is None else f", validation {quality:.2f} dB"
         return (
@@ -153,6 +147,14 @@ def _train(job: Job, end_s: float, words: Sequence[str], margin_s: float, stop: 
             process.kill()
         time.sleep(_POLL_S)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _iteration(path: Path) -> int:
+    """A checkpoint's iteration; 0 where there is none, or a damaged one: training sees to that."""
+    try:
+        return int(load_checkpoint(path).get("iter", 0))
+    except UserError:
+        return 0
 
 
 def _last_validation(path: Path) -> float | None:
