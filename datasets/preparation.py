@@ -25,6 +25,7 @@ from tqdm import tqdm
 from datasets.resize import imresize, imresize_uint8
 from datasets.wrappers import LR_MODES
 from utils.atomic import write_text
+from utils.cli import Parser
 from utils.errors import UserError
 from utils.images import Picture, encode_picture, list_images, to_array, to_tensor
 
@@ -71,8 +72,14 @@ class Report:
         return "\n".join(lines)
 
 
-def add_common_words(parser: argparse.ArgumentParser) -> None:
-    """``--workers`` and ``--overwrite``."""
+def make_parser(description: str, example: str, images: str) -> Parser:
+    """A parser with ``--input``, a folder of `images`, ``--workers`` and ``--overwrite``."""
+    parser = Parser(
+        description=f"{description} Outputs that exist are left as they are, so an interrupted "
+        "run is continued by the same command.",
+        example=example,
+    )
+    parser.add_argument("--input", required=True, metavar="DIR", help=f"Folder of {images}.")
     parser.add_argument(
         "--workers", type=int, default=_cpu_count(), metavar="N", help="Number of processes."
     )
@@ -81,6 +88,7 @@ def add_common_words(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Write outputs that exist already once more, instead of leaving them as they are.",
     )
+    return parser
 
 
 def add_lr_words(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ the range a little).
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from utils.registry import nearest
 
 LrMode = Literal["float", "uint8"]
 Sample = dict[str, torch.Tensor]
+Source = TypeVar("Source", bound=ImageFolder | PairedImageFolders)
 
 LR_MODES = ("float", "uint8")
 FLIPS = ("hflip", "vflip", "dflip")
@@ -68,8 +69,35 @@ def crop_to_scale(
     return hr[:height, :width], (lr_height, lr_width)
 
 
+class _Samples(Generic[Source]):
+    """What the wrappers share: a data set, crops of one size, flips.
+
+    Args:
+        dataset: where images come from.
+        inp_size, augment: see `SRImplicitDownsampled`.
+    """
+
+    def __init__(
+        self,
+        dataset: Source,
+        inp_size: int | None,
+        augment: bool | Sequence[str],
+    ) -> None:
+        self.dataset = dataset
+        self.inp_size = _checked_size(inp_size)
+        self.flips = _checked_flips(augment)
+
+    @property
+    def names(self) -> list[str]:
+        """The file name of each sample (of a pair, the HR image's)."""
+        return self.dataset.names
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
 @WRAPPERS.register("sr-implicit-downsampled")
-class SRImplicitDownsampled:
+class SRImplicitDownsampled(_Samples[ImageFolder]):
     """HR crops and their bicubic LR images.
 
     Args:
@@ -100,19 +128,9 @@ class SRImplicitDownsampled:
             raise UserError("wrapper `sr-implicit-downsampled` needs dataset `image-folder`")
         if lr_mode not in LR_MODES:
             raise UserError(f"lr_mode must be one of {', '.join(LR_MODES)}, not {lr_mode!r}")
-        self.dataset = dataset
+        super().__init__(dataset, inp_size, augment)
         self.lowest_scale, self.highest_scale = _scale_range(scale)
-        self.inp_size = _checked_size(inp_size)
-        self.flips = _checked_flips(augment)
         self.lr_mode: LrMode = lr_mode
-
-    @property
-    def names(self) -> list[str]:
-        """The file name of each sample."""
-        return self.dataset.names
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: int | SampleKey) -> Sample:
         """``{"lr": (3, h, w), "hr": (3, H, W)}`` float32."""
@@ -138,7 +156,7 @@ class SRImplicitDownsampled:
 
 
 @WRAPPERS.register("sr-implicit-paired")
-class SRImplicitPaired:
+class SRImplicitPaired(_Samples[PairedImageFolders]):
     """HR images and the LR images on disk, or the same crop of both.
 
     Args:
@@ -160,17 +178,7 @@ class SRImplicitPaired:
     ) -> None:
         if not isinstance(dataset, PairedImageFolders):
             raise UserError("wrapper `sr-implicit-paired` needs dataset `paired-image-folders`")
-        self.dataset = dataset
-        self.inp_size = _checked_size(inp_size)
-        self.flips = _checked_flips(augment)
-
-    @property
-    def names(self) -> list[str]:
-        """The HR file name of each sample."""
-        return self.dataset.names
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset, inp_size, augment)
 
     def __getitem__(self, key: int | SampleKey) -> Sample:
         """``{"lr": (3, h, w), "hr": (3, H, W)}`` float32, H = scale * h."""

@@ -9,18 +9,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.preparation import (
     Outcome,
-    add_common_words,
     add_lr_words,
     claim_output,
     input_images,
     lr_image,
+    make_parser,
     missing,
     process_images,
     write_outputs,
 )
 from datasets.resize import imresize_uint8
 from datasets.wrappers import crop_to_scale
-from utils.cli import Parser, run
+from utils.cli import run
 from utils.errors import UserError
 from utils.images import read_rgb, read_size
 
@@ -29,16 +29,16 @@ FRACTIONS = {"Test2K": 1 / 4, "Test4K": 1 / 2, "Test8K": 1.0}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
+    """The command line."""
+    parser = make_parser(
         description="Make test sets of 2K, 4K and 8K images from 8K photographs: each is reduced "
         "by MATLAB's bicubic to a quarter, a half or none of its size and cropped from the top "
         "left to a multiple of the scale. OUTPUT/Test2K/HR and OUTPUT/Test2K/LR_x4 (and so on) "
-        "get PNG files under the photograph's name. Outputs that exist are left as they are, so "
-        "an interrupted run is continued by the same command. A worker needs about 2 GB.",
+        "get PNG files under the photograph's name. A worker needs about 2 GB.",
         example="python datasets/scripts/build_large_testsets.py --input data/DIV8K "
         "--output data/test --sets Test2K Test4K --workers 4",
+        images="8K photographs",
     )
-    parser.add_argument("--input", required=True, metavar="DIR", help="Folder of 8K photographs.")
     parser.add_argument("--output", required=True, metavar="DIR", help="Folder for the sets.")
     parser.add_argument(
         "--sets",
@@ -56,7 +56,6 @@ def parse_arguments() -> argparse.Namespace:
         help="Photographs whose longer side has fewer pixels are refused: they are not 8K.",
     )
     add_lr_words(parser)
-    add_common_words(parser)
     return parser.parse_args()
 
 
@@ -91,6 +90,7 @@ def build(
 
 
 def main() -> int:
+    """Make the test sets. Returns the exit code: 2 where an image failed."""
     args = parse_arguments()
     paths = input_images(args.input)
     settings = {"script": "build_large_testsets", "scale": args.scale}

@@ -9,28 +9,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.preparation import (
     Outcome,
-    add_common_words,
     claim_output,
     input_images,
+    make_parser,
     missing,
     process_images,
     write_outputs,
 )
 from datasets.resize import imresize_uint8
-from utils.cli import Parser, run
+from utils.cli import run
 from utils.errors import UserError
 from utils.images import read_rgb
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
+    """The command line."""
+    parser = make_parser(
         description="Write each image of a folder at several sizes (PNG, named NAME_0.9.png and "
-        "so on; MATLAB's bicubic). Outputs that exist are left as they are, so an interrupted "
-        "run is continued by the same command.",
+        "so on; MATLAB's bicubic).",
         example="python datasets/scripts/data_augmentation.py --input data/DIV2K_train_HR "
         "--output data/DIV2K_augmented",
+        images="HR images",
     )
-    parser.add_argument("--input", required=True, metavar="DIR", help="Folder of HR images.")
     parser.add_argument("--output", required=True, metavar="DIR", help="Folder for the results.")
     parser.add_argument(
         "--scales",
@@ -40,7 +40,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="S",
         help="Sizes relative to the image; 1 is the image itself.",
     )
-    add_common_words(parser)
     return parser.parse_args()
 
 
@@ -59,6 +58,7 @@ def augment(path: Path, output: Path, scales: list[float], overwrite: bool) -> O
 
 
 def main() -> int:
+    """Write the smaller copies. Returns the exit code: 2 where an image failed."""
     args = parse_arguments()
     if not all(0 < scale <= 1 for scale in args.scales):
         raise UserError("--scales must be above 0 and at most 1")

@@ -9,27 +9,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.preparation import (
     Outcome,
-    add_common_words,
     claim_output,
     input_images,
+    make_parser,
     missing,
     process_images,
     write_outputs,
 )
-from utils.cli import Parser, run
+from utils.cli import run
 from utils.errors import UserError
 from utils.images import read_rgb, read_size
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
+    """The command line."""
+    parser = make_parser(
         description="Cut every image of a folder into overlapping square sub-images (PNG, named "
-        "NAME_s001.png and so on, row by row). Outputs that exist are left as they are, so an "
-        "interrupted run is continued by the same command.",
+        "NAME_s001.png and so on, row by row).",
         example="python datasets/scripts/extract_subimages.py --input data/DIV2K_augmented "
         "--output data/DIV2K_sub",
+        images="images",
     )
-    parser.add_argument("--input", required=True, metavar="DIR", help="Folder of images.")
     parser.add_argument("--output", required=True, metavar="DIR", help="Folder for sub-images.")
     parser.add_argument("--size", type=int, default=128, help="Side of a sub-image in pixels.")
     parser.add_argument("--step", type=int, default=64, help="Distance of neighbours in pixels.")
@@ -40,7 +40,6 @@ def parse_arguments() -> argparse.Namespace:
         help="Where more pixels than this are left over at the right or lower border, one more "
         "row or column of sub-images is cut, flush with the border.",
     )
-    add_common_words(parser)
     return parser.parse_args()
 
 
@@ -80,6 +79,7 @@ def extract(
 
 
 def main() -> int:
+    """Cut all images. Returns the exit code: 2 where an image failed."""
     args = parse_arguments()
     if min(args.size, args.step) < 1 or args.threshold < 0:
         raise UserError("--size and --step must be 1 or more, --threshold 0 or more")

@@ -9,31 +9,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.preparation import (
     Outcome,
-    add_common_words,
     add_lr_words,
     claim_output,
     input_images,
     lr_image,
+    make_parser,
     missing,
     process_images,
     write_outputs,
 )
 from datasets.wrappers import crop_to_scale
-from utils.cli import Parser, run
+from utils.cli import run
 from utils.errors import UserError
 from utils.images import read_rgb
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
+    """The command line."""
+    parser = make_parser(
         description="Crop each HR image from the top left to a multiple of the scale and make its "
-        "LR image by MATLAB's bicubic. Both are written as PNG under the name of the HR image. "
-        "Outputs that exist are left as they are, so an interrupted run is continued by the same "
-        "command.",
+        "LR image by MATLAB's bicubic. Both are written as PNG under the name of the HR image.",
         example="python datasets/scripts/generate_mod_LR_bic.py --input data/DIV2K_sub "
         "--output_hr data/DIV2K_train/HR --output_lr data/DIV2K_train/LR_x4 --scale 4",
+        images="HR images",
     )
-    parser.add_argument("--input", required=True, metavar="DIR", help="Folder of HR images.")
     parser.add_argument("--output_lr", required=True, metavar="DIR", help="Folder for LR images.")
     parser.add_argument(
         "--output_hr",
@@ -41,7 +40,6 @@ def parse_arguments() -> argparse.Namespace:
         help="Folder for the cropped HR images; without it they are not written.",
     )
     add_lr_words(parser)
-    add_common_words(parser)
     return parser.parse_args()
 
 
@@ -62,6 +60,7 @@ def generate(
 
 
 def main() -> int:
+    """Make the LR images. Returns the exit code: 2 where an image failed."""
     args = parse_arguments()
     paths = input_images(args.input)
     if args.output_hr and Path(args.output_hr).resolve() == Path(args.output_lr).resolve():
