@@ -6,9 +6,10 @@ from pathlib import Path
 
 from engine.start import TrainOptions
 from engine.trainer import train
+from utils.checkpoint import LAST_NAME
 from utils.cli import Parser, add_config_words, add_device_words, check_device_words
 from utils.config import Config, load_config
-from utils.distributed import together, world
+from utils.distributed import is_of_this_launch, together, world
 from utils.log import set_up
 
 
@@ -44,9 +45,12 @@ def main(parser: Parser, check: Callable[[Config], None]) -> int:
     with world(args.device, args.gpu) as current:
         set_up(main=current.is_main)
         config = together(lambda: _load(args, check))
+        save_dir = args.save_dir or Path("save") / config.name
+        # Started again by torchrun, a run goes on, whatever its first start was told.
+        resume = "auto" if is_of_this_launch(save_dir / LAST_NAME) else args.resume
         options = TrainOptions(
-            save_dir=args.save_dir or Path("save") / config.name,
-            resume=args.resume,
+            save_dir=save_dir,
+            resume=resume,
             init=getattr(args, "init", None),
         )
         return train(config, options, current)

@@ -19,7 +19,7 @@ from tests.training import KINDS, make_config, raw_config, run
 from utils.checkpoint import LAST_NAME
 from utils.cli import run as run_script
 from utils.config import check_config
-from utils.distributed import World, world
+from utils.distributed import World, restarts, world
 from utils.log import set_up
 
 
@@ -45,11 +45,12 @@ def damaged_picture(folder: Path, current: World) -> int:
 
 
 def killed_rank(folder: Path, current: World) -> int:
-    """The last rank is killed in its third iteration."""
+    """The last rank is killed in iteration 4, and once it has been started again in 6."""
     if current.rank == current.size - 1:
-        _at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    config = make_config("fsrcnn", folder / "pictures", iter_max=1000)
-    return run(config, folder / "killed-run", current)
+        _at_step(5 if restarts() else 3, lambda: _kill(folder / "killed"))
+    raw = raw_config("fsrcnn", folder / "pictures", iter_save=2)
+    raw["train_dataset"]["num_workers"] = current.size
+    return run(check_config(raw, "fsrcnn"), folder / "killed-run", current)
 
 
 def signalled_rank(folder: Path, current: World) -> int:
@@ -83,6 +84,11 @@ def _exit_code(words: list[str], port: int) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     raise AssertionError(f"{words[0]} does not exit")
+
+
+def _kill(note: Path) -> None:
+    note.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _at_step(step: int, action: object) -> None:

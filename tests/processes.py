@@ -46,6 +46,18 @@ def start(job: str, folder: Path, size: int = 2) -> list[tuple[int, str]]:
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
 
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run ``./dist.sh`` with `words` on the CPU; what it prints and returns."""
+    return subprocess.run(
+        [sys.executable, "-m", "utils.launch", "--device", "cpu", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
 def lines(text: str) -> list[str]:
     """The lines of `text` that report an error."""
     return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]

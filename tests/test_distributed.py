@@ -1,11 +1,12 @@
 """Several processes: the result of one, and one clear end."""
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.processes import lines, start
+from tests.processes import launch, lines, start
 from tests.training import (
     KINDS,
     checkpoint_of,
@@ -26,6 +27,8 @@ from utils.distributed import (
     together,
 )
 from utils.errors import UserError
+
+WORKER = "tests/distributed_worker.py"
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
@@ -65,12 +68,27 @@ def test_damaged_picture_on_one_rank_ends_all_with_one_line(tmp_path: Path) -> N
     assert "4.png" in line and lines(ended[0][1]) == [line]
 
 
-def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
-    make_pictures(tmp_path / "pictures")
-    ended = start("killed_rank", tmp_path)
-    assert ended[1][0] == -9 and ended[0][0] == 2, ended
-    (line,) = lines(ended[0][1])
-    assert "lost the connection: another process of this run has ended" in line
+def test_a_killed_rank_starts_all_again_until_that_is_enough(tmp_path: Path) -> None:
+    """Each time from the last checkpoint, to the weights of a run that nothing disturbed.
+
+    The end comes within a minute, without a word of the loaders that have lost their process.
+    """
+    pictures = make_pictures(tmp_path / "pictures")
+    ended = launch("--nproc", "2", "--max-restarts", "1", WORKER, "killed_rank", str(tmp_path))
+    assert time.time() - (tmp_path / "killed").stat().st_mtime < 60
+    assert ended.returncode == 128 + 9, ended.stderr
+    assert "a process had ended: all are started again (1 of 1)" in ended.stderr
+    assert "resumed at iteration 2" in ended.stderr
+    *others, error = lines(ended.stderr)
+    assert error == "error: process 1 was ended by SIGKILL (out of memory?)"
+    lost = "error: process 0 lost the connection: another process of this run has ended"
+    assert set(others) <= {lost}, ended.stderr
+
+    config = make_config("fsrcnn", pictures)
+    run(config, tmp_path / "killed-run")
+    run(config, tmp_path / "undisturbed")
+    one, two = (checkpoint_of(tmp_path / name) for name in ("undisturbed", "killed-run"))
+    assert not differences(one, two)
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:

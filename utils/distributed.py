@@ -1,10 +1,12 @@
 """Processes: set-up from torchrun's environment, reductions, and errors that end all of them."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 from utils.cli import EXIT_USER_ERROR, one_line
 from utils.device import pick_device
 from utils.errors import UserError
+from utils.launch import LAUNCH_TIME
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # Exit code of the ranks that leave it to rank 0 to say what is wrong: that of a user's error.
 _EXIT_QUIET = EXIT_USER_ERROR
@@ -60,6 +65,9 @@ def world(
             the body, another process of the group has ended.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if restarts() and os.environ.get("RANK") == "0":
+        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
+        logger.warning("a process had ended: all are started again (%d of %s)", restarts(), most)
     if size == 1 or "RANK" not in os.environ:
         yield World(0, 1, pick_device(device_name, gpu))
         return
@@ -88,6 +96,17 @@ def _is_lost_connection(error: RuntimeError) -> bool:
     words = ("connection", "gloo", "pair closure", "socket", "nccl")
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in words)
+
+
+def restarts() -> int:
+    """How often torchrun has started the processes of this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def is_of_this_launch(path: Path) -> bool:
+    """Whether a file was written by these processes before they were started again."""
+    launched_s = float(os.environ.get(LAUNCH_TIME, "0"))
+    return restarts() > 0 and path.is_file() and path.stat().st_mtime >= launched_s
 
 
 def is_distributed() -> bool:

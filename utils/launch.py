@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,15 +26,18 @@ HELP = """usage: ./dist.sh [words] SCRIPT [the script's arguments and words]
 Runs SCRIPT in as many processes as there are GPUs; on a machine without GPUs in one process on
 the CPU. All other arguments go to the script as they are.
 
-words, anywhere on the line:
+words, anywhere on the line (--max-restarts is --max_restarts):
   --gpu LIST          GPUs to use, such as 0,1: one process each. Default: all there are.
   --device DEVICE     auto, cpu, cuda, cuda:N or mps; also given to the script.
   --nproc N           number of processes; with --device cpu they talk through gloo, and the cores
                       are shared out (unless OMP_NUM_THREADS is set).
   --nnodes N, --node_rank R, --master_addr HOST, --master_port PORT, --rdzv_endpoint HOST:PORT,
-  --rdzv_id ID, --rdzv_backend NAME, --rdzv_conf CONF, --max_restarts N (default 0)
+  --rdzv_id ID, --rdzv_backend NAME, --rdzv_conf CONF
                       several machines: torchrun's words, with its meaning. Without them the
                       processes find each other through a free port.
+  --max_restarts N    when a process has ended badly, start all of them again, up to N times;
+                      training goes on from its last checkpoint. Default: 0, the first failure
+                      ends all.
   --                  what follows belongs to the script, whatever it looks like.
 
 exit code: the script's own; 128 + N where signal N ended it.
@@ -52,6 +56,8 @@ TORCHRUN_WORDS = (
     *("rdzv_endpoint", "rdzv_id", "rdzv_backend", "rdzv_conf"),
 )
 GPU_TOOLS = ("nvidia-smi", "rocm-smi")
+# For the processes: when the run was launched, in seconds since the epoch.
+LAUNCH_TIME = "PCSR_LAUNCH_TIME"
 STDERR = 2  # torchrun's number for it in --redirects
 LINES_SHOWN = 30
 # How torchrun ends the other processes when one has failed.
@@ -254,6 +260,7 @@ def main() -> int:
     if processes == 1 and not request.torchrun_words:
         run_alone(request)
     os.environ["OMP_NUM_THREADS"] = share_out_cores(os.environ, processes)
+    os.environ[LAUNCH_TIME] = str(time.time())
     return run_many(request, processes)
 
 
