@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.validation import ValidationRow
 from utils.atomic import write_text
 from utils.metrics import json_number
-from utils.run_metrics import METRICS_NAME, parse_row, read_rows, validation_name
+from utils.run_metrics import METRICS_NAME, is_validation, parse_row, read_rows, validation_name
 
 # Above this share of waiting for data, the log says what helps.
 _MUCH_DATA = 0.5
@@ -134,7 +134,7 @@ class Recorder:
             return ""
         by_name: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(self._folder / METRICS_NAME)[0]:
-            if row["kind"] == "valid" and row.get("psnr") is not None:
+            if is_validation(row) and row.get("psnr") is not None:
                 by_name.setdefault(validation_name(row), []).append(row)
         lines = []
         for name, rows in by_name.items():
@@ -146,6 +146,14 @@ class Recorder:
         for line in lines:
             logger.info("%s", line)
         return "\n".join(lines)
+
+    def has_validation(self, iteration: int) -> bool:
+        """Whether the folder holds validation figures of `iteration`; False on other ranks."""
+        if self._folder is None or not (self._folder / METRICS_NAME).is_file():
+            return False
+        lines = (self._folder / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return any(row["iteration"] == iteration and row["kind"] == "valid" for row in rows)
 
     def _write(
         self, iteration: int, key: dict[str, Any], values: dict[str, float], tag: str, text: str

@@ -76,6 +76,7 @@ class Trainer:
             self._recorder() as recorder,
             self._progress() as bar,
         ):
+            self._catch_up(recorder)
             return self._loop(stop, recorder, bar)
 
     def _build(self) -> None:
@@ -224,9 +225,16 @@ class Trainer:
                 psnr_type=self.config.psnr_type,  # type: ignore[arg-type]
                 world=self.world,
             )
-        recorder.validation(done, results)
         psnr = results[0][1][0].psnr
         together(lambda: self._write_best(done, psnr) if self.world.is_main else None)
+        recorder.validation(done, results)
+
+    def _catch_up(self, recorder: Recorder) -> None:
+        """Validate where the run was killed between saving and the end of a validation."""
+        done = self.start.iteration
+        due = self.start.resumes and self._is_validated(done)
+        if due and not on_main(lambda: recorder.has_validation(done)):
+            self._validate(done, recorder)
 
     def _save(self, done: int) -> None:
         if done == self._saved_iteration:

@@ -2,7 +2,10 @@
 
 import copy
 import logging
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,11 @@ from tests.training import (
     run,
     stop_at,
 )
-from utils.checkpoint import LAST_NAME, save_checkpoint
+from utils.checkpoint import BEST_NAME, LAST_NAME, load_checkpoint, save_checkpoint
 from utils.config import check_config
 from utils.errors import UserError
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_logging")
 
 
@@ -180,3 +184,22 @@ def test_a_signal_before_the_first_iteration_leaves_no_checkpoint(
     monkeypatch.setattr(Trainer, "_next_batch", signal_first)
     assert run(make_config("fsrcnn", pictures, iter_save_s=0), tmp_path) == 143
     assert not (tmp_path / LAST_NAME).exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_is_killed_ten_times_ends_with_the_weights_of_one_left_alone(
+    workers: int, tmp_path: Path
+) -> None:
+    """SIGKILL at any moment: in an iteration, a save or a validation."""
+    words = [sys.executable, "-m", "tests.killed_runs", str(tmp_path), str(workers)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for name in (LAST_NAME, BEST_NAME):
+        killed, straight = (load_checkpoint(tmp_path / n / name) for n in ("killed", "straight"))
+        assert not differences(killed, straight)
+    assert checkpoint_of(tmp_path / "killed")["iter"] == 60
+    log = (tmp_path / "killed" / "log.txt").read_text(encoding="utf-8")
+    assert log.count("resumed at iteration") >= 5
