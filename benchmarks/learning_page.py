@@ -1,0 +1,95 @@
+"""The page that benchmarks/learning.py writes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.learning_cases import PUBLISHED
+from benchmarks.learning_measure import CLASSIFIER, ORACLE, SHARES
+
+_ROUTING = """## Phase 1: losses
+
+{run}. All runs start from the same backbone, heavy upsampler and seed, and see the same batches.
+PSNR (dB, RGB, refinement on) where each image's first 10, 25 and 50 % of pixels by the classifier's
+order are heavy; at k = 0; and with ADM. The gap is that from the published loss to an oracle that
+takes the pixels whose error falls most (with the published light upsampler), at 10 % heavy pixels.
+
+"Light by heavy": the light upsampler learns the heavy one's output, not HR. "Gain by heavy": the
+classifier learns the distance between both outputs, not the fall of the error against HR.
+"""
+_ORDERS = """### What a classifier could reach: {variant}
+
+The same light and heavy outputs, with pixels taken in other orders. The squared distance between
+both outputs is what the squared error falls by on average; no order that comes from the features
+alone can be expected to do better. The oracle's further lead is noise: HR is known to it.
+"""
+_PHASE0 = """## Phase 0: warm-up, EMA, larger patches
+
+{run}, from scratch. PSNR (dB, RGB) of the heavy upsampler everywhere.
+"""
+
+
+def page(content: dict[str, Any]) -> str:
+    """Markdown of what was measured, by part."""
+    parts = ["# Options of training, measured on short runs\n"]
+    if "routing" in content:
+        parts.append(_routing(content["routing"]))
+    if "phase0" in content:
+        parts.append(_phase0(content["phase0"]))
+    return "\n".join(parts)
+
+
+def _run(part: dict[str, Any]) -> str:
+    machine = part["machine"]
+    return (
+        f"`{part['command']}` on {machine['device_name']}, {machine['torch_threads']} thread(s), "
+        f"torch {machine['torch']}: `{part['config']}`, {part['iterations']} iterations, batch "
+        f"{part['batch_size']}, {part['precision']}, seed {part['seed']}"
+    )
+
+
+def _routing(part: dict[str, Any]) -> str:
+    rows = part["rows"]
+    sections = [_ROUTING.format(run=_run(part))]
+    for name in _sets(rows):
+        published = next(row[name] for row in rows if row["variant"] == PUBLISHED)
+        sections.append(f"{name} (all-heavy {published['heavy']:.3f} dB):\n")
+        titles = ["loss", *(f"{share:.0%}" for share in SHARES)]
+        titles += ["all-light", "k = 0", "ADM", "gap closed"]
+        lines = [[row["variant"], *_cells(row[name], published)] for row in rows]
+        sections.append(_table(titles, lines))
+    for row in rows:
+        if len(row[_sets(rows)[0]]["orders"]) > 2:
+            sections.append(_orders(row, _sets(rows)))
+    return "\n".join(sections)
+
+
+def _cells(figures: dict[str, Any], published: dict[str, Any]) -> list[str]:
+    start, end = (published["orders"][order][0] for order in (CLASSIFIER, ORACLE))
+    own = figures["orders"][CLASSIFIER]
+    marks = [f"{psnr:.3f} ({share:.1%})" for share, psnr in (figures["k0"], figures["adm"])]
+    closed = (own[0] - start) / (end - start)
+    return [*(f"{psnr:.3f}" for psnr in own), f"{figures['light']:.3f}", *marks, f"{closed:.0%}"]
+
+
+def _orders(row: dict[str, Any], names: Sequence[str]) -> str:
+    titles = ["order", *(f"{name}, {share:.0%}" for name in names for share in SHARES)]
+    lines = [
+        [order, *(f"{psnr:.3f}" for name in names for psnr in row[name]["orders"][order])]
+        for order in row[names[0]]["orders"]
+    ]
+    return _ORDERS.format(variant=row["variant"]) + "\n" + _table(titles, lines)
+
+
+def _phase0(part: dict[str, Any]) -> str:
+    names = _sets(part["rows"])
+    lines = [[row["variant"], *(f"{row[name]:.3f}" for name in names)] for row in part["rows"]]
+    return _PHASE0.format(run=_run(part)) + "\n" + _table(["option", *names], lines)
+
+
+def _sets(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [key for key in rows[0] if key != "variant"]
+
+
+def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in titles[1:])]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, rule, *lines))

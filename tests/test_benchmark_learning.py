@@ -1,0 +1,68 @@
+"""benchmarks/learning.py: training side by side, and the script as a user runs it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases import REPOSITORY
+from benchmarks.learning_cases import ROUTING_VARIANTS, phase0_variants, train_routing
+from benchmarks.learning_measure import ORDERS
+from tests.training import ONE, checkpoint_of, make_config, make_pictures, run
+
+SCRIPT = REPOSITORY / "benchmarks" / "learning.py"
+
+
+def test_side_by_side_is_as_in_runs_of_their_own(tmp_path: Path) -> None:
+    pictures = make_pictures(tmp_path / "pictures", side=64)
+    assert run(make_config("fsrcnn-phase0", pictures, iter_max=1), tmp_path / "p0") == 0
+    weights = tmp_path / "p0" / "iter_last.pth"
+    cosine = {"name": "CosineAnnealingLR_Restart", "args": {"T_period": [3]}}
+    changes = {"iter_max": 3, "lr_scheduler": cosine, "microbatches": 1, "init": str(weights)}
+    config = make_config("fsrcnn-phase1", pictures, **changes)
+    trained = [model.state_dict() for _, model in train_routing(config, weights, 3, ONE.device)]
+    for index in (0, 4):
+        variant = ROUTING_VARIANTS[index]
+        config = make_config(
+            "fsrcnn-phase1", pictures, **changes, routing_loss=variant.routing_loss
+        )
+        assert run(config, tmp_path / str(index)) == 0
+        alone = checkpoint_of(tmp_path / str(index))["model"]["sd"]
+        for key, value in trained[index].items():
+            torch.testing.assert_close(value, alone[key], msg=f"{variant.name}: {key}")
+
+
+def test_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pictures = make_pictures(tmp_path / "pictures", side=64)
+    phase0 = make_config("fsrcnn-phase0", pictures, iter_max=1)
+    assert run(phase0, tmp_path / "p0") == 0
+    (tmp_path / "hr").mkdir()
+    make_pictures(tmp_path / "hr" / "HR", count=1)
+    for kind in ("fsrcnn-phase0", "fsrcnn-phase1"):
+        raw = make_config(kind, pictures).raw
+        (tmp_path / f"{kind}.yaml").write_text(json.dumps(raw), encoding="utf-8")
+    words = ["--iterations=1", "--device=cpu", f"--hr_data={tmp_path / 'hr' / 'HR'}"]
+    words += [f"--phase0_config={tmp_path / 'fsrcnn-phase0.yaml'}", f"--out={tmp_path / 'out'}"]
+    words += [f"--config={tmp_path / 'fsrcnn-phase1.yaml'}"]
+    words += [f"--weights={tmp_path / 'p0' / 'iter_last.pth'}"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == 0
+    written = json.loads((tmp_path / "out" / "learning.json").read_text())
+    assert [row["variant"] for row in written["routing"]["rows"]] == [
+        variant.name for variant in ROUTING_VARIANTS
+    ]
+    assert set(written["routing"]["rows"][0]["hr"]["orders"]) == set(ORDERS)
+    assert [row["variant"] for row in written["phase0"]["rows"]] == [
+        variant.name for variant in phase0_variants(phase0, 1)
+    ]
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert page.strip() == capsys.readouterr().out.strip()
+    for part in written.values():
+        assert part["command"] in page
