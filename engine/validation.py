@@ -1,22 +1,29 @@
 """Validation while training: whole images, no refinement, shared out over the ranks."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from statistics import fmean
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from engine.data import rank_share
 from engine.restore import OriginalRestorer, PcsrRestorer, Restored
+from engine.validation_picture import panels
 from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
 from models.routing import FixedRouting, KRouting
 from utils.distributed import World, gather_objects, together
 from utils.metrics import PsnrType, psnr
+
+# The row in which the classifier decides.
+_BY_CLASSIFIER = "k0"
 
 Restore = Callable[[Tensor, tuple[int, int]], Restored]
 
@@ -30,12 +37,23 @@ class ValidationRow:
         psnr: mean PSNR in dB.
         gflops: mean GFLOPs in the paper's convention.
         heavy_share: share of pixels that the heaviest upsampler computed.
+        picture: of the first image, (.., .., 3) uint8, see `engine.validation_picture`.
     """
 
     name: str
     psnr: float
     gflops: float
     heavy_share: float
+    picture: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+
+
+class _Figures(NamedTuple):
+    """Of one image; `picture` of the first one only."""
+
+    psnr: float
+    gflops: float
+    heavy_share: float
+    picture: NDArray[np.uint8] | None
 
 
 @torch.inference_mode()
@@ -61,11 +79,13 @@ def validate(
     for scale, samples in sets:
         share = together(partial(_rank_figures, restorers, samples, psnr_type, world))
         # In the order of the images, whichever rank had them: sums then round alike.
-        images = [row for _, row in sorted(chain(*gather_objects(share)))]
+        gathered = sorted(chain(*gather_objects(share)), key=lambda pair: pair[0])
+        images = [row for _, row in gathered]
         rows = []
         for column, name in enumerate(restorers):
-            psnrs, gflops, heavy = zip(*(image[column] for image in images), strict=True)
-            rows.append(ValidationRow(name, fmean(psnrs), fmean(gflops), fmean(heavy)))
+            psnrs, gflops, heavy, pictures = zip(*(image[column] for image in images), strict=True)
+            means = (fmean(psnrs), fmean(gflops), fmean(heavy))
+            rows.append(ValidationRow(name, *means, pictures[0]))
         results.append((scale, rows))
     model.train(was_training)
     return results
@@ -73,12 +93,19 @@ def validate(
 
 def _rank_figures(
     restorers: dict[str, Restore], samples: Dataset, psnr_type: PsnrType, world: World
-) -> list[tuple[int, list[tuple[float, float, float]]]]:
+) -> list[tuple[int, list[_Figures]]]:
     """Index of each of this rank's images, and its figures by each restorer."""
     figures = []
     for index, sample in rank_share(samples, world):
         lr, hr = sample["lr"].to(world.device), sample["hr"].to(world.device)
-        figures.append((index, [_figures(r, lr, hr, psnr_type) for r in restorers.values()]))
+        of_image = []
+        for name, restore in restorers.items():
+            restored = restore(lr, (hr.shape[-2], hr.shape[-1]))
+            picture = None
+            if index == 0:
+                picture = panels(lr, restored, with_classes=name == _BY_CLASSIFIER)
+            of_image.append(_figures(restored, lr, hr, psnr_type, picture))
+        figures.append((index, of_image))
     return figures
 
 
@@ -90,21 +117,19 @@ def _restorers(model: nn.Module) -> dict[str, Restore]:
     if model.classifier is None:
         return {"sr": PcsrRestorer(model, FixedRouting(-1), refinement=False)}
     return {
-        "k0": PcsrRestorer(model, KRouting(0.0), refinement=False),
+        _BY_CLASSIFIER: PcsrRestorer(model, KRouting(0.0), refinement=False),
         "heavy": PcsrRestorer(model, FixedRouting(-1), refinement=False),
     }
 
 
 def _figures(
-    restore: Restore,
+    restored: Restored,
     lr: Tensor,
     hr: Tensor,
     psnr_type: PsnrType,
-) -> tuple[float, float, float]:
-    """PSNR in dB, GFLOPs (paper) and share of heavy pixels of one image."""
-    size = (hr.shape[-2], hr.shape[-1])
-    border_px = round((size[0] / lr.shape[-2] + size[1] / lr.shape[-1]) / 2)
-    restored = restore(lr, size)
+    picture: NDArray[np.uint8] | None,
+) -> _Figures:
+    border_px = round((hr.shape[-2] / lr.shape[-2] + hr.shape[-1] / lr.shape[-1]) / 2)
     heavy_share = restored.shares[-1] if restored.shares else 1.0
     figure = psnr(restored.sr, hr, psnr_type=psnr_type, border_px=border_px)
-    return figure, restored.flops_paper / 1e9, heavy_share
+    return _Figures(figure, restored.flops_paper / 1e9, heavy_share, picture)
