@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.device_images import DeviceImages, image_sizes
+from datasets.device_images import CHANNELS, DeviceImages, image_sizes
 from datasets.draws import draw
 from datasets.folders import ImageFolder, PairedImageFolders
 from datasets.pairing import common_size
@@ -145,7 +145,7 @@ class DeviceBatches:
 def _check_memory(
     sizes: list[np.ndarray], share: float, device: torch.device, processes: int
 ) -> None:
-    needed = sum(3 * int(size.prod(axis=1).sum()) for size in sizes)
+    needed = sum(CHANNELS * int(size.prod(axis=1).sum()) for size in sizes)
 
     def fits(where: torch.device) -> bool:
         free = free_memory_bytes(where)

@@ -85,7 +85,7 @@ def imresize_crops(crops: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.stack([by_rows @ (crop.clone() @ by_cols) for crop in crops])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)  # a range of scales has a hundred sizes of crops
 def _matrix(
     length_in: int, length_out: int, scale: float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def _contributions(
     length_in: int, length_out: int, scale: float, border: str
 ) -> tuple[np.ndarray, np.ndarray]:
