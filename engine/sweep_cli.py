@@ -16,9 +16,10 @@ from engine.restore import PcsrRestorer
 from engine.samples import EvaluationSet
 from engine.sharing import shared_out
 from engine.sweep import Point, PointFigures, points_for, sweep_image
-from engine.sweep_report import check_plotting, print_table, to_json, write_plot
+from engine.sweep_report import print_table, to_json, write_plot
 from utils.distributed import World
 from utils.errors import UserError
+from utils.plotting import check_plotting
 
 # What a sweep decides itself, or has no use for.
 _EXCLUDED = ("k", "adaptive", "upsampler", "budget", "bicubic")
@@ -89,7 +90,7 @@ class Sweep:
         if len(restorer.model.upsamplers) < 2:
             raise UserError("--sweep: the model has one upsampler, so there is nothing to choose")
         if args.plot is not None:
-            check_plotting()
+            check_plotting("--plot")
         return cls(restorer, original, title, args.sweep_time, args.plot)
 
     def __call__(

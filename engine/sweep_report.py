@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.sweep import Point, PointFigures
-from utils.errors import UserError
+from utils.plotting import COLOURS, new_figure, save_figure
 
-# Distinct for colour-blind readers, and in grey.
-_COLOURS = {"budget": "#0072B2", "oracle": "#D55E00", "mark": "#000000"}
+_COLOURS = {"budget": COLOURS[0], "oracle": COLOURS[1], "mark": COLOURS[-1]}
 _LABELS = {
     "budget": "budget for each image, by the classifier",
     "oracle": "the same, by an oracle that knows HR",
 }
 _MARKERS = ("s", "^", "D")
-_DPI = 150
 
 
 def print_table(
@@ -78,14 +76,6 @@ def to_json(
     }
 
 
-def check_plotting() -> None:
-    """Refuse before anything is computed; matplotlib is needed for plots alone."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from error
-
-
 def write_plot(
     path: Path,
     points: Sequence[Point],
@@ -96,11 +86,7 @@ def write_plot(
     is_timed: bool,
 ) -> None:
     """PSNR over executed FLOPs and over time, both curves and the marks."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.6)
     by_flops, by_time = figure.subplots(1, 2, sharey=True)
     for axes, xs in (
         (by_flops, [mean.flops_executed / 1e9 for mean in means]),
@@ -117,8 +103,7 @@ def write_plot(
     by_time.set_xlabel(f"{'measured' if is_timed else 'estimated'} time per image (ms)")
     by_flops.legend(loc="lower right")
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def _plot_points(

@@ -1,0 +1,105 @@
+"""What a run leaves to be seen: scalars and pictures for tensorboard, and a summary."""
+
+import logging
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+from torch.utils.data import Dataset
+
+import models
+from engine.recorder import Recorder
+from engine.restore import Restored
+from engine.validation import ValidationRow, validate
+from engine.validation_picture import SIDE_PX, panels
+from tests.training import ONE, model_spec
+from utils.colour import class_colours
+from utils.metrics import quantise
+
+
+def events(folder: Path) -> list[Event]:
+    """All events that tensorboard would read: each is a length, a checksum, it, and another one."""
+    found = []
+    for path in folder.glob("events.out.*"):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def record(folder: Path, start: int, psnrs: dict[int, float]) -> str:
+    """Iterations `start` to 4 with a validation after some; the summary."""
+    picture = np.zeros((8, 20, 3), np.uint8)
+    with Recorder(folder, start=start, end=4, batch_size=2) as recorder:
+        for done in range(start + 1, 5):
+            losses = {"loss": torch.tensor(1.0 * done), "grad_norm": torch.tensor(0.5)}
+            recorder.add(losses, lr=1e-3, data_s=0.0)
+            recorder.flush(done)
+            if done in psnrs:
+                row = ValidationRow("k0", psnrs[done], 1.0, 0.25, picture)
+                recorder.validation(done, [(4.0, [row])])
+        return recorder.summary()
+
+
+def test_scalars_pictures_and_summary_of_a_resumed_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    record(tmp_path, 0, {1: 30.0, 3: 40.0})
+    values = [value for event in events(tmp_path) for value in event.summary.value]
+    scalars = {value.tag for value in values if value.HasField("simple_value")}
+    names = ("loss", "grad_norm", "lr", "iterations_per_s", "images_per_s", "data_share")
+    assert scalars >= {f"train/{name}" for name in names}
+    assert scalars >= {f"valid_x4_k0/{name}" for name in ("psnr", "heavy_share")}
+    sizes = [(v.image.height, v.image.width) for v in values if v.HasField("image")]
+    assert sizes == [(8, 20)] * 2
+
+    summary = record(tmp_path, 2, {4: 29.5})
+    # The validation after iteration 3 was of the part that was dropped.
+    assert (
+        summary == "validation x4 k0: best 30.000 dB at iteration 1, last 29.500 dB at iteration 4"
+    )
+    assert summary in caplog.messages
+
+
+def test_panels_show_the_centre_of_lr_sr_and_classes() -> None:
+    """A wide image: 30x100 at x4 is 120x400, of which 192 columns are shown."""
+    generator = torch.Generator().manual_seed(0)
+    lr, sr = (torch.rand(3, *size, generator=generator) for size in ((30, 100), (120, 400)))
+    classes = torch.ones(120, 400, dtype=torch.uint8)
+    restored = Restored(sr, classes, [0.0, 1.0], 0, 0, 0.0)
+    picture = panels(lr, restored, with_classes=True)
+    assert picture.shape == (120, 3 * SIDE_PX + 2 * 4, 3)
+    columns = slice(104, 296)
+    shown = quantise(sr)[:, columns]
+    np.testing.assert_array_equal(picture[:, 196:388], shown)
+    enlarged = quantise(lr).repeat(4, axis=0).repeat(4, axis=1)[:, columns]
+    np.testing.assert_array_equal(picture[:, :192], enlarged)
+    blended = (shown + class_colours(2)[1].astype(float)) / 2
+    assert np.abs(picture[:, 392:] - blended).max() <= 0.5
+    assert panels(lr, restored, with_classes=False).shape == (120, 2 * SIDE_PX + 4, 3)
+
+
+class _Images(Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"lr": torch.rand(3, 8, 8), "hr": torch.rand(3, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "widths"),
+    [("fsrcnn", {"sr": 68}), ("fsrcnn-phase1", {"k0": 104, "heavy": 68})],
+)
+def test_validation_pictures_the_first_image(kind: str, widths: dict[str, int]) -> None:
+    model = models.make(model_spec(kind))
+    ((_, rows),) = validate(model, [(4.0, _Images())], psnr_type="rgb", world=ONE)
+    pictures = {row.name: row.picture for row in rows}
+    shapes = {name: picture.shape for name, picture in pictures.items() if picture is not None}
+    assert shapes == {name: (32, width, 3) for name, width in widths.items()}
