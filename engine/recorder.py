@@ -95,7 +95,7 @@ class Recorder:
             self._hinted = True
             logger.info(
                 "most of the time goes into loading data: raise `train_dataset.num_workers`, or "
-                "set `train_dataset.dataset.args.cache: in_memory`"
+                "set `train_dataset.dataset.args.cache: device`"
             )
         self._sums, self._count, self._averaged = {}, 0, 0
         self._data_s, self._since = 0.0, time.monotonic()
