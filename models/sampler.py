@@ -114,11 +114,16 @@ def _per_pixel(x_BDQ: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
     batched product over 16 images).
     """
     if x_BDQ.device.type == "cpu" and len(x_BDQ) > 1:
-        return torch.stack([_per_pixel(x_DQ[None], layers)[0] for x_DQ in x_BDQ])
+        return torch.stack([_one_image(x_DQ, layers) for x_DQ in x_BDQ.unbind()])
+    if len(x_BDQ) == 1:
+        # A view without an index: the gradient of x[0] is written into zeros.
+        return _one_image(x_BDQ.squeeze(0), layers).unsqueeze(0)
     for layer in layers:
-        x_BDQ = torch.relu(x_BDQ)
-        if len(x_BDQ) == 1:
-            x_BDQ = torch.addmm(layer.bias[:, None], layer.weight, x_BDQ[0])[None]
-        else:
-            x_BDQ = torch.matmul(layer.weight, x_BDQ) + layer.bias[:, None]
+        x_BDQ = torch.matmul(layer.weight, torch.relu(x_BDQ)) + layer.bias[:, None]
     return x_BDQ
+
+
+def _one_image(x_DQ: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+    for layer in layers:
+        x_DQ = torch.addmm(layer.bias[:, None], layer.weight, torch.relu(x_DQ))
+    return x_DQ
