@@ -10,6 +10,15 @@ DEMO_OUT ?= results/demo
 # Test processes, one thread each. pytest -n's words: a number, auto, or 0 for no extra process.
 JOBS ?= auto
 PYTEST_ARGS ?=
+# make train-queue: for how long, and further words, such as --configs configs/cpu/carn-x4.yaml.
+MINUTES ?= 60
+QUEUE_ARGS ?=
+# make results: where the benchmark sets are; the official weights; names of a part of it all.
+DATA ?= load/benchmark
+OFFICIAL ?=
+MODELS ?=
+SETS ?= Set5 Set14 BSD100
+RESULTS_ARGS ?=
 
 export PYTHON_CANDIDATES := $(PYTHON)
 
@@ -24,11 +33,11 @@ echo "set-up: Python 3.11 or newer is needed, and none of these is: $$PYTHON_CAN
 exit 2
 endef
 
-.PHONY: help demo test lint format venv venv-dev
+.PHONY: help demo test train-queue results lint format venv venv-dev
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
-		awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+		awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 demo: venv ## Super-resolve the bundled photograph with the bundled weights
 	@"$(VENV)/bin/python" demo.py --img_path "$(DEMO_IMAGE)" --k 0 --out_dir "$(DEMO_OUT)"
@@ -36,6 +45,13 @@ demo: venv ## Super-resolve the bundled photograph with the bundled weights
 test: venv-dev ## Run the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(VENV)/bin/python" -m pytest \
 		-n $(JOBS) --maxprocesses 8 $(PYTEST_ARGS)
+
+train-queue: venv ## Train all configs in turn for MINUTES, or go on with it
+	@"$(VENV)/bin/python" -m engine.train_queue train --minutes $(MINUTES) $(QUEUE_ARGS)
+
+results: venv ## Measure the released weights on DATA, and render results/
+	@"$(VENV)/bin/python" -m benchmarks.results measure render --data "$(DATA)" \
+		$(if $(OFFICIAL),--official "$(OFFICIAL)") --models $(MODELS) --sets $(SETS) $(RESULTS_ARGS)
 
 lint: venv-dev ## Check style and types
 	@"$(VENV)/bin/python" -m ruff check .

@@ -1,0 +1,1 @@
+"""The figures and pictures of results/: measured into JSON files, and rendered from these."""

@@ -1,0 +1,111 @@
+"""python -m benchmarks.results measure render: what `make results` runs."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.results.pages import render
+from benchmarks.results.pictures import draw_crops
+from benchmarks.results.quality import measure_bicubic, measure_subject
+from benchmarks.results.speed import measure_speed
+from benchmarks.results.subjects import SETS, SUBJECTS, chosen
+from utils.cli import Parser, add_device_words, check_device_words, positive_int, run
+from utils.device import pick_device
+from utils.errors import UserError
+from utils.log import set_up
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        description="Measure the released weights into JSON files in results/figures, and render "
+        "results/README.md, LESSONS.md and the model cards from these files. Rendering alone "
+        "takes seconds.",
+        example="python -m benchmarks.results measure render --data load/benchmark --models carn",
+    )
+    parser.add_argument(
+        "steps",
+        nargs="+",
+        choices=("measure", "render"),
+        metavar="measure|render",
+        help="In order.",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("load/benchmark"),
+        metavar="DIR",
+        help="Folder with Set5/HR, Set14/HR and BSD100/HR.",
+    )
+    parser.add_argument(
+        "--official",
+        type=Path,
+        metavar="DIR",
+        help="Folder with the official carn-x4.pth and carn-pcsr-phase1.pth. Without it their "
+        "figures stay as they are.",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help=f"Measure only these: {', '.join(subject.name for subject in SUBJECTS)}. Those "
+        "without weights are left out.",
+    )
+    parser.add_argument(
+        "--sets", nargs="*", choices=SETS, default=SETS, metavar="SET", help=", ".join(SETS) + "."
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        choices=("quality", "speed", "pictures"),
+        default=("quality", "speed", "pictures"),
+        metavar="PART",
+        help="quality, speed, pictures.",
+    )
+    parser.add_argument(
+        "--rounds", type=positive_int, default=5, metavar="N", help="Of timing, after a warm-up."
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="Of a CPU. Default: PyTorch's choice."
+    )
+    add_device_words(parser)
+    return parser
+
+
+def main() -> None:
+    """Parse the command line; measure, render."""
+    args = make_parser().parse_args()
+    check_device_words(args)
+    set_up()
+    if "measure" in args.steps:
+        if not args.data.is_dir():
+            raise UserError(f"--data {args.data} is no folder: name that of the benchmark sets")
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        device = pick_device(args.device, args.gpu)
+        if "quality" in args.parts:
+            measure_bicubic(args.data, args.sets, device)
+        for subject in chosen(args.models):
+            weights = subject.weights(args.official)
+            if weights[1] is None:
+                print(f"{subject.name}: no weights of {subject.pcsr}, left out", flush=True)
+                continue
+            start_s = time.perf_counter()
+            if "quality" in args.parts:
+                measure_subject(subject, weights, args.data, args.sets, device)
+            # The official networks are as fast as ours, and their pictures not ours to show.
+            if "speed" in args.parts and not subject.is_official:
+                measure_speed(subject, weights, args.data, device, args.rounds)
+            if "pictures" in args.parts and not subject.is_official:
+                draw_crops(subject, weights, device)
+            print(f"{subject.name}: {time.perf_counter() - start_s:.0f} s", flush=True)
+    if "render" in args.steps:
+        for path in render():
+            print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

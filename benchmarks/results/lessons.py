@@ -1,0 +1,245 @@
+"""What the figures teach: results/LESSONS.md. Every number in it comes from results/figures."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from benchmarks.results.subjects import (
+    LABELS,
+    ROUTINGS,
+    SETS,
+    Subject,
+)
+from benchmarks.results.tables import (
+    decibels,
+    difference,
+    giga,
+    loss,
+    measured_subjects,
+    percent,
+    row_of,
+    share_of_original,
+    share_of_time,
+    table,
+)
+from utils.errors import UserError
+
+# A picture's best all-round judge: a hundred photographs.
+JUDGE = SETS[-1]
+# Nobody sees less.
+TOLERANCE_DB = 0.03
+_PARTS = tuple(key for key in ROUTINGS if key.startswith("way"))
+
+_TEXT = """# What the figures teach
+
+Written by `make results` from the figures in [figures/](figures): numbers and verdicts follow the
+weights that are released. All of it is x4 on {judge}; tables of all sets are on the
+[results page](README.md).
+
+## Where routing pixels pays
+
+The cheapest routing that stays within {tolerance} dB of the same network all-heavy:
+
+{verdicts}
+
+"Pays" means: cheaper than the original network, in executed FLOPs and on the clock, and at most
+{tolerance} dB below it. The clock is that of the original after the graph optimisations that PCSR's
+engine has (folded batch norms, channels-last), not of its slower published form.
+
+## What decides it
+
+1. **What is left to save.** Routing touches the upsampler only; backbone and classifier run
+   everywhere. All-light is the floor, all-heavy the ceiling, and no routing leaves this range:
+
+{ranges}
+
+2. **Which FLOPs are counted.** {fsrcnn}
+3. **FLOPs are not time.** Pixels that are gathered, multiplied by small matrices and put back take
+   another time per multiply-add than convolutions over a whole image. Share of the original's
+   FLOPs, and of the optimised original's time, at the same routing:
+
+{clock}
+
+4. **Where the pixels are.** The classifier's order of pixels is the same for `k`, ADM and budgets;
+   they differ in where each image stops. A budget stops every image at the same cost, which is
+   what a deadline needs. `k = 0` lets a hard image take more and an easy one less; at the same mean
+   FLOPs (between the two nearest budgets) it is {spread} dB better than a budget.
+   The last quarter of the way to all-heavy gives {last_quarter} dB, the first {first_quarter} dB.
+
+## What to use
+
+- A picture or a folder, nothing else known: `--k 0`.
+- A cost that must be kept: `--budget`, at least a quarter of the way above the all-light share in
+  the table above.
+{advice}
+"""
+
+
+def lessons_text() -> str:
+    """The page."""
+    subjects = [each for each in measured_subjects() if row_of(each, JUDGE, "heavy")]
+    if not subjects:
+        raise UserError(f"nothing was measured on {JUDGE} yet: measure it first")
+    carn = next((each for each in subjects if each.name == "carn"), subjects[0])
+    return _TEXT.format(
+        judge=JUDGE,
+        tolerance=TOLERANCE_DB,
+        verdicts=_verdicts(subjects),
+        ranges=_indented(_ranges(subjects)),
+        fsrcnn=_counted(subjects),
+        clock=_indented(_clock(subjects)),
+        spread=_spread(subjects),
+        first_quarter=_gain(carn, "light", "way25"),
+        last_quarter=_gain(carn, "way75", "heavy"),
+        advice=_advice(subjects),
+    )
+
+
+def cheapest(subject: Subject) -> str:
+    """The routing with the fewest FLOPs that stays within the tolerance of all-heavy."""
+    good = [key for key in ROUTINGS if (loss(subject, JUDGE, key) or 0.0) <= TOLERANCE_DB]
+    return min(good, key=lambda key: row_of(subject, JUDGE, key)["flops_executed"])
+
+
+def _verdicts(subjects: Sequence[Subject]) -> str:
+    titles = ["weights", "original", "all-heavy", "routing", "PSNR RGB", "of the original's FLOPs"]
+    titles += ["of the optimised original's time", "verdict"]
+    lines = []
+    for subject in subjects:
+        key = cheapest(subject)
+        quality = [
+            row_of(subject, JUDGE, each).get("psnr_rgb") for each in ("original", "heavy", key)
+        ]
+        flops, time = share_of_original(subject, JUDGE, key), share_of_time(subject, key)
+        lines.append(
+            [
+                subject.title,
+                decibels(quality[0]),
+                decibels(quality[1]),
+                LABELS[key].removeprefix("PCSR, "),
+                decibels(quality[2]),
+                percent(flops),
+                percent(time),
+                _verdict(quality, flops, time),
+            ]
+        )
+    return table(titles, lines, left=1)
+
+
+def _verdict(quality: Sequence[float | None], flops: float | None, time: float | None) -> str:
+    original, _, chosen = quality
+    if original is not None and chosen is not None and chosen < original - TOLERANCE_DB:
+        return "costs quality"
+    saves = [share is not None and share < 1 for share in (flops, time)]
+    if all(saves) or (saves[0] and time is None):
+        return "pays"
+    if saves[0]:
+        return "pays in FLOPs, not on the clock"
+    return "pays on the clock only" if saves[1] else "does not pay"
+
+
+def _ranges(subjects: Sequence[Subject]) -> str:
+    titles = ["weights", "all-light", "all-heavy", "all-light loses"]
+    lines = [
+        [
+            subject.title,
+            *(percent(share_of_original(subject, JUDGE, key)) for key in ("light", "heavy")),
+            f"{difference(loss(subject, JUDGE, 'light'))} dB",
+        ]
+        for subject in subjects
+    ]
+    return table(titles, lines, left=1)
+
+
+def _clock(subjects: Sequence[Subject]) -> str:
+    keys = ("light", "k0", "adm", "heavy")
+    lines = [
+        [
+            subject.title,
+            *(
+                f"{percent(share_of_original(subject, JUDGE, key))} / "
+                f"{percent(share_of_time(subject, key))}"
+                for key in keys
+            ),
+        ]
+        for subject in subjects
+        if share_of_time(subject, "heavy") is not None
+    ]
+    titles = ["weights", *(LABELS[key].removeprefix("PCSR, ") for key in keys)]
+    return table(titles, lines, left=1)
+
+
+def _counted(subjects: Sequence[Subject]) -> str:
+    by_name = {subject.name: subject for subject in subjects}
+    if "fsrcnn" not in by_name:
+        return "See the table of FLOPs in both conventions."
+    published = by_name["fsrcnn"]
+    one, heavy = (row_of(published, JUDGE, key) for key in ("original", "heavy"))
+    times = heavy["flops_executed"] / one["flops_executed"]
+    text = (
+        f"Published tables count FSRCNN's transposed convolution at its output size,\n"
+        f"   16 times too dear: {giga(one['flops_paper'])} G a picture where "
+        f"{giga(one['flops_executed'])} G run. Its PCSR was sized to the first number\n"
+        f"   and executes {giga(heavy['flops_executed'])} G all-heavy, {times:.1f} times what it "
+        f"was to save on."
+    )
+    return f"{text} {_reshaped(by_name['fsrcnn-small'])}" if "fsrcnn-small" in by_name else text
+
+
+def _reshaped(small: Subject) -> str:
+    key = cheapest(small)
+    original, chosen = (row_of(small, JUDGE, each).get("psnr_rgb") for each in ("original", key))
+    return (
+        f"Sized by executed FLOPs\n"
+        f"   (heavy upsampler 31-23, light 15) it takes "
+        f"{percent(share_of_original(small, JUDGE, 'heavy'))} of FSRCNN all-heavy and\n"
+        f"   {percent(share_of_original(small, JUDGE, key))} at "
+        f"{LABELS[key].removeprefix('PCSR, ')}: {decibels(chosen)} dB where FSRCNN has "
+        f"{decibels(original)} dB."
+    )
+
+
+def _spread(subjects: Sequence[Subject]) -> str:
+    gains = [gain for subject in subjects if (gain := _gain_of_k(subject)) is not None]
+    if not gains:
+        return "-"
+    low, high = min(gains), max(gains)
+    return f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
+
+
+def _gain_of_k(subject: Subject) -> float | None:
+    """How much better k = 0 is than a budget of its mean FLOPs, between those measured."""
+    k0 = row_of(subject, JUDGE, "k0")
+    keys = ["light", *sorted(_PARTS, key=lambda key: int(key.removeprefix("way"))), "heavy"]
+    for below, above in pairwise(row_of(subject, JUDGE, key) for key in keys):
+        start, end = below["flops_executed"], above["flops_executed"]
+        if start <= k0["flops_executed"] <= end:
+            part = (k0["flops_executed"] - start) / (end - start)
+            between = below["psnr_rgb"] + part * (above["psnr_rgb"] - below["psnr_rgb"])
+            return k0["psnr_rgb"] - between
+    return None
+
+
+def _gain(subject: Subject, start: str, end: str) -> str:
+    return difference(
+        row_of(subject, JUDGE, end)["psnr_rgb"] - row_of(subject, JUDGE, start)["psnr_rgb"]
+    )
+
+
+def _advice(subjects: Sequence[Subject]) -> str:
+    lines = []
+    for subject in subjects:
+        key = cheapest(subject)
+        original, heavy, chosen = (
+            row_of(subject, JUDGE, each).get("psnr_rgb") for each in ("original", "heavy", key)
+        )
+        verdict = _verdict(
+            (original, heavy, chosen),
+            share_of_original(subject, JUDGE, key),
+            share_of_time(subject, key),
+        )
+        lines.append(f"- {subject.title}: {verdict}.")
+    return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"   {line}" for line in text.splitlines())
