@@ -158,6 +158,7 @@ class Trainer:
                 self._save(done)
             if self._is_validated(done):
                 self._validate(done, recorder)
+        recorder.summary()
         logger.info("finished at iteration %d: %s%s", end, self.checkpoints.last_path, self._best())
         return 0
 
