@@ -74,8 +74,9 @@ class DeviceImages:
             pixels[starts[index] : ends[index]].copy_(torch.from_numpy(planes).flatten())
             return None
 
-        _report(fill, len(paths), "decoding", on_damaged)
-        _log.info("%d images decoded, %.0f MiB on %s", len(paths), ends[-1] / 2**20, device)
+        failed = _report(fill, len(paths), "decoding", on_damaged)
+        decoded = np.count_nonzero(heights) - failed
+        _log.info("%d images decoded, %.0f MiB on %s", decoded, ends[-1] / 2**20, device)
         return cls(pixels, starts, heights, widths)
 
     def plan(
@@ -131,9 +132,12 @@ def _copy_views(pixels: Tensor, plan_B4: Tensor, side: int) -> Tensor:
 
 def _report(
     job: Callable[[int], UserError | None], count: int, description: str, on_damaged: OnDamaged
-) -> None:
-    """Run `job` on each index, and tell `on_damaged` of the errors that it returns."""
+) -> int:
+    """Run `job` on each index, tell `on_damaged` of the errors that it returns, and count them."""
+    failed = 0
     with contextlib.closing(in_threads(job, count, description)) as errors:
         for index, error in enumerate(errors):
             if error is not None:
                 on_damaged(index, error)
+                failed += 1
+    return failed
