@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.start import TrainOptions
 from engine.trainer import train
+from utils.allocator import keep_freed_blocks
 from utils.checkpoint import LAST_NAME
 from utils.cli import Parser, add_config_words, add_device_words, check_device_words
 from utils.config import Config, load_config
@@ -42,6 +43,7 @@ def main(parser: Parser, check: Callable[[Config], None]) -> int:
     """
     args = parser.parse_args()
     check_device_words(args)
+    keep_freed_blocks()
     with world(args.device, args.gpu) as current:
         set_up(main=current.is_main)
         config = together(lambda: _load(args, check))
