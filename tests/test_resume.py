@@ -111,6 +111,18 @@ def test_leftovers_of_a_killed_run_go(pictures: Path, tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
+def test_from_before_a_damaged_checkpoint_it_goes_on_to_the_same_weights(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = tmp_path / LAST_NAME
+    run(make_config("fsrcnn", pictures, iter_max=4, iter_save=1), tmp_path)
+    straight = checkpoint_of(tmp_path)
+    last.write_bytes(last.read_bytes()[:5000])
+    assert run(make_config("fsrcnn", pictures, iter_max=4, iter_save=1), tmp_path) == 0
+    assert "resumed at iteration 3 from" in caplog.text
+    assert not differences(checkpoint_of(tmp_path), straight)
+
+
 def test_checkpoints_that_do_not_fit_are_named(pictures: Path, tmp_path: Path) -> None:
     config = make_config("fsrcnn", pictures, iter_max=2)
     run(make_config("fsrcnn", pictures, iter_max=1), tmp_path)

@@ -17,6 +17,7 @@ from engine.objectives import make_objective
 from engine.optim import OPTIMIZERS, SCHEDULERS, WarmUp
 from engine.trainer import Trainer
 from tests.training import (
+    KEYS,
     ONE,
     checkpoint_of,
     differences,
@@ -36,8 +37,7 @@ pytestmark = pytest.mark.usefixtures("fresh_logging")
 def test_with_every_key_resumed_equals_straight_through(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {"ema": 0.9, "grad_clip": 0.3, "warmup": 3, "accumulate": 2, "nan_skip": 1}
-    config = make_config("fsrcnn", pictures, iter_max=4, **keys)
+    config = make_config("fsrcnn", pictures, iter_max=4, **KEYS)
     assert run(config, tmp_path / "straight") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 1, signal.SIGTERM)

@@ -26,6 +26,8 @@ ARGS: dict[str, dict[str, Any]] = {
     "carn-pcsr": {"nf": 52},
 }
 HIDDEN = {"fsrcnn": ([58] * 4, [10] * 3, []), "carn": ([74] * 4, [20] * 3, [10, 10])}
+# Everything of a training step that is off by default.
+KEYS = {"ema": 0.9, "grad_clip": 0.3, "warmup": 3, "accumulate": 2, "nan_skip": 1}
 ONE = World(0, 1, torch.device("cpu"))
 
 
