@@ -1,7 +1,6 @@
 """The allocator's setting is taken where there is one, and freed blocks really stay."""
 
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
