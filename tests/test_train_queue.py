@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.jobs import FAILED, Job, train_all
 from engine.parts import MANIFEST_NAME, pack, unpack
 from engine.stop import StopSignal
-from engine.train_queue import FAILED, Job, parse_arguments, train_all
+from engine.train_queue import parse_arguments
 from tests.training import make_pictures, raw_config
 from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint, save_checkpoint
 from utils.config import dump_yaml, load_config

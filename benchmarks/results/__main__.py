@@ -1,5 +1,6 @@
 """python -m benchmarks.results measure render: what `make results` runs."""
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -10,8 +11,16 @@ from benchmarks.results.pages import render
 from benchmarks.results.pictures import draw_crops
 from benchmarks.results.quality import measure_bicubic, measure_subject
 from benchmarks.results.speed import measure_speed
-from benchmarks.results.subjects import SETS, SUBJECTS, chosen
-from utils.cli import Parser, add_device_words, check_device_words, positive_int, run
+from benchmarks.results.subjects import SETS, SUBJECTS, Subject, chosen
+from utils.cli import (
+    EXIT_USER_ERROR,
+    Parser,
+    add_device_words,
+    check_device_words,
+    one_line,
+    positive_int,
+    run,
+)
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.log import set_up
@@ -75,37 +84,59 @@ def make_parser() -> Parser:
     return parser
 
 
-def main() -> None:
-    """Parse the command line; measure, render."""
+def main() -> int:
+    """Parse the command line; measure, render. A subject that fails does not keep the others."""
     args = make_parser().parse_args()
     check_device_words(args)
     set_up()
-    if "measure" in args.steps:
-        if not args.data.is_dir():
-            raise UserError(f"--data {args.data} is no folder: name that of the benchmark sets")
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        device = pick_device(args.device, args.gpu)
-        if "quality" in args.parts:
-            measure_bicubic(args.data, args.sets, device)
-        for subject in chosen(args.models):
-            weights = subject.weights(args.official)
-            if weights[1] is None:
-                print(f"{subject.name}: no weights of {subject.pcsr}, left out", flush=True)
-                continue
-            start_s = time.perf_counter()
-            if "quality" in args.parts:
-                measure_subject(subject, weights, args.data, args.sets, device)
-            # The official networks are as fast as ours, and their pictures not ours to show.
-            if "speed" in args.parts and not subject.is_official:
-                measure_speed(subject, weights, args.data, device, args.rounds)
-            if "pictures" in args.parts and not subject.is_official:
-                draw_crops(subject, weights, device)
-            print(f"{subject.name}: {time.perf_counter() - start_s:.0f} s", flush=True)
+    failed = _measure(args) if "measure" in args.steps else []
     if "render" in args.steps:
         for path in render():
             print(path)
+    if failed:
+        print(f"error: not measured: {'; '.join(failed)}", file=sys.stderr)
+    return EXIT_USER_ERROR if failed else 0
+
+
+def _measure(args: argparse.Namespace) -> list[str]:
+    """Measure what was asked for. Returns the subjects that failed, and why."""
+    if not args.data.is_dir():
+        raise UserError(f"--data {args.data} is no folder: name that of the benchmark sets")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device, args.gpu)
+    subjects = chosen(args.models)
+    if "quality" in args.parts:
+        measure_bicubic(args.data, args.sets, device)
+    failed = []
+    for subject in subjects:
+        weights = subject.weights(args.official)
+        if weights[1] is None:
+            print(f"{subject.name}: no weights of {subject.pcsr}, left out", flush=True)
+            continue
+        start_s = time.perf_counter()
+        try:
+            _measure_one(args, subject, weights, device)
+        except UserError as error:
+            failed.append(f"{subject.name}: {one_line(error)}")
+        print(f"{subject.name}: {time.perf_counter() - start_s:.0f} s", flush=True)
+    return failed
+
+
+def _measure_one(
+    args: argparse.Namespace,
+    subject: Subject,
+    weights: tuple[Path | None, Path | None],
+    device: torch.device,
+) -> None:
+    if "quality" in args.parts:
+        measure_subject(subject, weights, args.data, args.sets, device)
+    # The official networks are as fast as ours, and their pictures not ours to show.
+    if "speed" in args.parts and not subject.is_official:
+        measure_speed(subject, weights, args.data, device, args.rounds)
+    if "pictures" in args.parts and not subject.is_official:
+        draw_crops(subject, weights, device)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

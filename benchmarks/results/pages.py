@@ -3,11 +3,9 @@
 A page that people write holds a rendered part between two comments: what is between is replaced.
 """
 
-import json
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from benchmarks.results import curves, pictures
 from benchmarks.results.lessons import lessons_text
@@ -30,10 +28,10 @@ from benchmarks.results.tables import (
     table,
     weights_table,
 )
-from engine.recorder import METRICS_NAME
 from utils.atomic import write_text
 from utils.config import load_config
 from utils.errors import UserError
+from utils.run_metrics import METRICS_NAME, read_rows
 
 README = ROOT / "README.md"
 CARD = ROOT / "save" / "README.md"
@@ -134,8 +132,8 @@ def results_text() -> str:
 
 def training_table() -> str:
     """How the released weights were trained, from what is beside them."""
-    titles = ["config", "iterations", "batch", "learning rate", "precision", "device", "hours"]
-    titles += ["validation"]
+    titles = ["config", "iterations", "batch", "LR patch", "learning rate", "precision", "device"]
+    titles += ["hours", "validation"]
     names = [
         name
         for subject in SUBJECTS
@@ -156,7 +154,7 @@ def training_table() -> str:
 def _training_line(name: str) -> list[str]:
     folder = ROOT / "save" / name
     config = load_config(folder / "release.config.yaml")
-    rows = _json_lines(folder / f"release.{METRICS_NAME}")
+    rows, _ = read_rows(folder / f"release.{METRICS_NAME}")
     trained = [row for row in rows if row["kind"] == "train"]
     # Once: valid_x4_sr.
     valid = [row for row in rows if row["kind"].startswith("valid")]
@@ -173,6 +171,7 @@ def _training_line(name: str) -> list[str]:
         f"`{name}`",
         str(trained[-1]["iteration"] if trained else 0),
         str(config.train_dataset.batch_size),
+        str(config.train_dataset.wrapper["args"].get("inp_size", NONE)),
         f"{config.optimizer['args']['lr']:g}",
         config.precision,
         ", ".join(f"{device} x {count}" for device, count in places) or NONE,
@@ -203,8 +202,3 @@ def _speed_text(subjects: list[Subject]) -> str:
 
 def _picture(path: Path, words: str) -> str:
     return f"![{words}]({path.name})\n"
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
