@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.grid import remembered_grid
 from utils.errors import UserError
 
 Objective = Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -32,6 +33,7 @@ def compiled(objective: nn.Module, mode: str, device: torch.device) -> Objective
         return None
     if mode == "graphs" and device.type == "cpu":
         raise UserError("config: `compile: graphs` is for GPUs: on a CPU take `none` or `default`")
+    torch.compiler.assume_constant_result(remembered_grid)
     run = torch.compile(objective, mode=_MODES[mode])
 
     def call(lr: Tensor, hr: Tensor) -> dict[str, Tensor]:

@@ -54,16 +54,22 @@ def check_model(config: Config, model: nn.Module) -> None:
         )
 
 
-def check_compile(config: Config) -> None:
-    """Refuse micro-batches for a compiled objective, which runs in one thread.
+def check_compile(config: Config, processes: int) -> None:
+    """Refuse to compile an objective whose parts share sums, over threads, rounds or processes.
 
     Raises:
         UserError: both are asked for.
     """
-    if config.compile != "none" and config.microbatches not in (None, 1):
-        raise UserError(
-            "config: `compile` and `microbatches` do not go together: leave one of them out"
-        )
+    if config.compile == "none":
+        return
+    others = {"microbatches": config.microbatches or 1, "accumulate": config.accumulate}
+    for key, count in others.items():
+        if count > 1:
+            raise UserError(
+                f"config: `compile` and `{key}` do not go together: leave one of them out"
+            )
+    if processes > 1:
+        raise UserError("config: `compile` is for one process: leave it out to train on several")
 
 
 def check_scale(model: nn.Module, batch: Mapping[str, Tensor]) -> None:

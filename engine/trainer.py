@@ -83,7 +83,7 @@ class Trainer:
         """Everything that a wrong config can break."""
         config, start = self.config, self.start
         data, optimizer_spec = required_sections(config)
-        check_compile(config)
+        check_compile(config, self.world.size)
         self.data = data
         torch.manual_seed(start.seed)
         self.model = models.make(config.model, data_norm=config.data_norm)

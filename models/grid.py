@@ -122,7 +122,7 @@ class PixelGrid:
 
         Built once and then remembered: training asks for the same one in every iteration.
         """
-        return _build(tuple(lr_size), tuple(out_size), torch.device(device))
+        return remembered_grid(tuple(lr_size), tuple(out_size), torch.device(device))
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -181,16 +181,15 @@ class PixelGrid:
         return torch.cat([feat_BQC, geometry.expand(len(feat_BQC), -1, -1)], dim=-1)
 
 
-# To torch.compile the tables are constants, as the sizes are.
-@torch.compiler.assume_constant_result
-def _build(lr_size: tuple[int, int], out_size: tuple[int, int], device: torch.device) -> PixelGrid:
-    return _build_once(lr_size, out_size, device)
+def remembered_grid(
+    lr_size: tuple[int, int], out_size: tuple[int, int], device: torch.device
+) -> PixelGrid:
+    """:meth:`PixelGrid.build`, apart for those who compile: its result is a constant."""
+    return _build(lr_size, out_size, device)
 
 
 @functools.lru_cache(maxsize=32)
-def _build_once(
-    lr_size: tuple[int, int], out_size: tuple[int, int], device: torch.device
-) -> PixelGrid:
+def _build(lr_size: tuple[int, int], out_size: tuple[int, int], device: torch.device) -> PixelGrid:
     # Ordinary tensors, as a grid that was first wanted for inference may be trained with later.
     with torch.inference_mode(False):
         return PixelGrid(
