@@ -12,6 +12,7 @@ import torch
 import models
 from models.pcsr import PCSR
 from utils.config import check_config, parse_yaml
+from utils.launch import OWN_WORDS, TORCHRUN_WORDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def test_commands_use_words_that_exist(script: str) -> None:
     shown = subprocess.run(
         [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    launcher = {"--nproc", "--gpu", "--device"}
+    launcher = {f"--{word}" for word in (*OWN_WORDS, *TORCHRUN_WORDS)}
     for words in commands():
         if words[1] != script:
             continue

@@ -58,6 +58,7 @@ def test_lines_of_released_metrics() -> None:
     released = Run.read(PHASE_1)
     assert released.picture.name == "release.report.png"
     assert [name for name, _, _ in released.validation("psnr")] == ["x4 k0", "x4 heavy"]
+    assert released.keys("loss_") == ["loss_rgb", "loss_avg"]
     (name, iterations, values), *_ = released.train("loss_rgb", "grad_norm")
     assert (name, iterations[-1], len(iterations)) == ("loss_rgb", 1500, len(values))
 

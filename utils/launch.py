@@ -24,7 +24,8 @@ from utils.errors import UserError
 HELP = """usage: ./dist.sh [words] SCRIPT [the script's arguments and words]
 
 Runs SCRIPT in as many processes as there are GPUs; on a machine without GPUs in one process on
-the CPU. All other arguments go to the script as they are.
+the CPU. They share out the batches of training, and the images of test.py, test_pcsr.py and folder
+runs of demo.py. All other arguments go to the script as they are.
 
 words, anywhere on the line (--max-restarts is --max_restarts):
   --gpu LIST          GPUs to use, such as 0,1: one process each. Default: all there are.
@@ -37,7 +38,7 @@ words, anywhere on the line (--max-restarts is --max_restarts):
                       processes find each other through a free port.
   --max_restarts N    when a process has ended badly, start all of them again, up to N times;
                       training goes on from its last checkpoint. Default: 0, the first failure
-                      ends all.
+                      ends all. (Mistakes of yours are tried again, too.)
   --                  what follows belongs to the script, whatever it looks like.
 
 exit code: the script's own; 128 + N where signal N ended it.
@@ -46,6 +47,7 @@ examples:
   ./dist.sh train.py --config configs/carn-x4.yaml --gpu 0
   ./dist.sh train_pcsr.py --config configs/carn-pcsr-phase0.yaml --gpu 0,1
   ./dist.sh train_pcsr.py --config configs/tiny-pcsr-phase0.yaml --device cpu --nproc 2
+  ./dist.sh test_pcsr.py --config configs/carn-pcsr-phase1.yaml --hr_data load/Test8K/HR
   ./dist.sh train.py --config configs/carn-x4.yaml --nnodes 2 --node_rank 0 \\
       --master_addr 10.0.0.1 --master_port 29400
 """

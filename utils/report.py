@@ -67,6 +67,13 @@ class Run:
             return self.path.with_name(f"{name.removesuffix(METRICS_NAME)}report.png")
         return self.path.with_name(f"{self.path.stem}.report.png")
 
+    def keys(self, prefix: str) -> list[str]:
+        """The figures of training whose key starts with `prefix`."""
+        rows = [row for row in self.rows if row["kind"] == "train"]
+        return [
+            key for key in dict.fromkeys(k for row in rows for k in row) if key.startswith(prefix)
+        ]
+
     def train(self, *keys: str) -> Iterator[Line]:
         """Figures of training, each named after its key."""
         rows = [row for row in self.rows if row["kind"] == "train"]
@@ -123,7 +130,7 @@ _PANELS = (
     _Panel("loss", lambda run: run.train("loss"), log=True),
     _Panel("validation PSNR (dB)", lambda run: run.validation("psnr"), marks=True),
     _Panel("learning rate", lambda run: run.train("lr"), log=True),
-    _Panel("parts of the loss", lambda run: run.train("loss_rgb", "loss_avg"), log=True),
+    _Panel("parts of the loss", lambda run: run.train(*run.keys("loss_")), log=True),
     _Panel("heavy pixels (%)", lambda run: _heavy_shares(run), factor=100.0),
     _Panel("gradient norm", lambda run: run.train("grad_norm"), log=True),
     _Panel("iterations per second", lambda run: run.train("iterations_per_s"), from_zero=True),
