@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.learning_cases import PUBLISHED
-from benchmarks.learning_measure import CLASSIFIER, ORACLE, SHARES
+from benchmarks.learning_measure import CLASSIFIER, DISTANCE, ORACLE, SHARES
 
 _ROUTING = """## Phase 1: losses
 
@@ -16,11 +16,12 @@ takes the pixels whose error falls most (with the published light upsampler), at
 "Light by heavy": the light upsampler learns the heavy one's output, not HR. "Gain by heavy": the
 classifier learns the distance between both outputs, not the fall of the error against HR.
 """
-_ORDERS = """### What a classifier could reach: {variant}
+_ORDERS = """### What a classifier could reach
 
-The same light and heavy outputs, with pixels taken in other orders. The squared distance between
-both outputs is what the squared error falls by on average; no order that comes from the features
-alone can be expected to do better. The oracle's further lead is noise: HR is known to it.
+The same light and heavy outputs, with pixels taken in other orders. As far as the heavy output is
+the mean of what HR can be, the error falls on average by the squared distance between both outputs,
+and no order that is made of the features can be expected to do better than by that distance. The
+oracle's lead over it is noise of single pixels, which only HR tells.
 """
 _PHASE0 = """## Phase 0: warm-up, EMA, larger patches
 
@@ -57,9 +58,10 @@ def _routing(part: dict[str, Any]) -> str:
         titles += ["all-light", "k = 0", "ADM", "gap closed"]
         lines = [[row["variant"], *_cells(row[name], published)] for row in rows]
         sections.append(_table(titles, lines))
+    sections.append(_ORDERS)
     for row in rows:
-        if len(row[_sets(rows)[0]]["orders"]) > 2:
-            sections.append(_orders(row, _sets(rows)))
+        if DISTANCE in row[_sets(rows)[0]]["orders"]:
+            sections += [f"{row['variant']}:\n", _orders(row, _sets(rows))]
     return "\n".join(sections)
 
 
@@ -77,7 +79,7 @@ def _orders(row: dict[str, Any], names: Sequence[str]) -> str:
         [order, *(f"{psnr:.3f}" for name in names for psnr in row[name]["orders"][order])]
         for order in row[names[0]]["orders"]
     ]
-    return _ORDERS.format(variant=row["variant"]) + "\n" + _table(titles, lines)
+    return _table(titles, lines)
 
 
 def _phase0(part: dict[str, Any]) -> str:
