@@ -30,6 +30,7 @@ def prepare(request: Request) -> Subject:
         pixel_batch_size=args.pixel_batch_size,
         engine=args.engine,
         precision=args.precision,
+        compiled=args.compile,
         patches=request.patches,
     )
     sweep = Sweep.from_words(args, restorer, original, f"{config.name} x{args.scale:g}")

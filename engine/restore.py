@@ -15,6 +15,7 @@ import models
 from engine.budget import BudgetPlan
 from models import inference, kernels
 from models.backbones.base import SRNetwork
+from models.compiled import CompiledEncoder
 from models.cost import ImageCost
 from models.fast import FastEngine
 from models.grid import PixelGrid
@@ -132,6 +133,7 @@ class PcsrRestorer:
         engine: "fast", or "reference" for the straightforward one.
         precision: "fp32", "bf16", "fp16" or "auto" (see `utils.device`); the reference engine
             works in fp32.
+        compiled: the encoder by torch.compile.
     """
 
     def __init__(
@@ -144,12 +146,13 @@ class PcsrRestorer:
         patches: Patches | None = None,
         engine: EngineName = "fast",
         precision: str = "fp32",
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.routing = routing or KRouting(0.0)
         self.refinement = refinement
         self.patches = patches
-        self.engine = make_engine(model, engine, pixel_batch_size, precision)
+        self.engine = make_engine(model, engine, pixel_batch_size, precision, compiled=compiled)
         self.cost = PcsrCost.of(model)
 
     @torch.inference_mode()
@@ -247,26 +250,34 @@ def make_engine(
     name: EngineName = "fast",
     pixel_batch_size: int = PIXEL_BATCH_SIZE,
     precision: str = "fp32",
+    *,
+    compiled: bool = False,
 ) -> Engine:
     """The engine called `name`, holding at most `pixel_batch_size` pixels in an MLP at once.
 
+    Args:
+        compiled: the fast engine's encoder by torch.compile.
+
     Raises:
-        UserError: the reference engine in another precision than fp32.
+        UserError: the reference engine in another precision than fp32, or compiled.
     """
     dtype = resolve_precision(precision, model.norm.mean.device)
     if name == "reference":
         if dtype != torch.float32:
             raise UserError(f"--engine reference works in fp32, not {precision}")
+        if compiled:
+            raise UserError("--engine reference is not compiled: leave --compile out")
         return ReferenceEngine(model, pixel_batch_size=pixel_batch_size)
+    encoder = CompiledEncoder(model.encoder, dtype) if compiled else None
     device = model.norm.mean.device
     if device.type != "cpu" and kernels.available(device):
         from models.fused import FusedEngine  # needs Triton
 
         try:
-            return FusedEngine(model, dtype=dtype)
+            return FusedEngine(model, dtype=dtype, encoder=encoder)
         except UserError as error:
             _log.warning("%s; plain torch is used instead", error)
-    return FastEngine(model, chunk_px=pixel_batch_size, dtype=dtype)
+    return FastEngine(model, chunk_px=pixel_batch_size, dtype=dtype, encoder=encoder)
 
 
 def load_model(path: Path, device: torch.device, config: Config | None = None) -> nn.Module:

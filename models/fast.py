@@ -24,6 +24,7 @@ from models.inference import Upsampled
 from models.packed import PackedSampler
 from models.pcsr import PCSR
 from models.sampler import LIIFSampler
+from models.streams import Encoder
 
 # LR pixels that are worked on at once, and output pixels that go through an upsampler at once.
 # Measured on CPUs: what an upsampler of width 80 reads and writes of 4096 pixels a thread just
@@ -50,6 +51,7 @@ class FastEngine:
             suit the device.
         run_px: LR pixels that go through the encoder at once.
         dtype: of convolutions and products. Images, margins and sums stay float32.
+        encoder: computes the features in `dtype`; default ``model.encoder.fused(dtype)``.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class FastEngine:
         chunk_px: int | None = None,
         run_px: int = RUN_PX,
         dtype: torch.dtype = torch.float32,
+        encoder: Encoder | None = None,
     ) -> None:
         self.norm = model.norm
-        self.encoder = model.encoder.fused(dtype)
+        self.encoder = encoder or model.encoder.fused(dtype)
         self.lag_rows = model.encoder.receptive_radius_px
         self.upsamplers = [PackedSampler.pack(sampler, dtype=dtype) for sampler in model.upsamplers]
         self.classifier = None

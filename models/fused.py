@@ -25,6 +25,7 @@ from models.kernels.pixel_mlp import ClassPixels, Skip, apply_mlp, largest_piece
 from models.kernels.weights import KernelMLP
 from models.pcsr import PCSR
 from models.sampler import LIIFSampler
+from models.streams import Encoder
 from utils.cli import one_line
 from utils.errors import UserError
 
@@ -49,19 +50,25 @@ class FusedEngine(FastEngine):
         dtype: of convolutions and products: float32, bfloat16 or float16. Images, margins,
             geometry and sums are float32. So are float32 products up to rounding: matrix units
             compute them in three parts of tf32.
+        encoder: see :class:`FastEngine`.
 
     Raises:
         UserError: the kernels do not run on the model's device, or not correctly.
     """
 
     def __init__(
-        self, model: PCSR, *, run_px: int = RUN_PX, dtype: torch.dtype = torch.float32
+        self,
+        model: PCSR,
+        *,
+        run_px: int = RUN_PX,
+        dtype: torch.dtype = torch.float32,
+        encoder: Encoder | None = None,
     ) -> None:
         device = model.norm.mean.device
         reason = kernels.why_unavailable(device)
         if reason is not None:
             raise UserError(f"fused kernels on device `{device}`: {reason}")
-        super().__init__(model, run_px=run_px, dtype=dtype)
+        super().__init__(model, run_px=run_px, dtype=dtype, encoder=encoder)
         piece = largest_piece(dtype, device)
 
         def pack(sampler: LIIFSampler, margins: bool = False) -> KernelMLP:

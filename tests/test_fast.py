@@ -1,9 +1,12 @@
 """The fast engine gives what the reference engine gives."""
 
+import shutil
+
 import pytest
 import torch
 
 import models
+from engine.restore import make_engine
 from models.backbones.base import SRNetwork
 from models.fast import FastEngine
 from models.inference import super_resolve, super_resolve_patches
@@ -11,6 +14,7 @@ from models.optimized import OptimizedOriginal
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
+from utils.errors import UserError
 from utils.flops import PcsrCost, executed_flops
 
 BACKBONES = {
@@ -186,3 +190,19 @@ def test_features_that_do_not_fit_are_computed_twice(monkeypatch: pytest.MonkeyP
     assert (kept.encoder_passes, again.encoder_passes) == (1, 2)
     assert torch.equal(kept.sr, again.sr)
     assert 0 < again.pixel_counts[1] < 120 * 28
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_encoder_is_the_encoder() -> None:
+    model = make_model("fsrcnn")
+    lr = torch.rand(1, 3, 9, 7)
+    plain, compiled = (
+        super_resolve(make_engine(model, compiled=word), lr, (36, 28), KRouting(0.0), (0.0, 0.7)).sr
+        for word in (False, True)
+    )
+    assert torch.allclose(plain, compiled, atol=1e-4)
+
+
+def test_only_the_fast_engine_is_compiled() -> None:
+    with pytest.raises(UserError, match="--compile"):
+        make_engine(make_model("fsrcnn"), "reference", compiled=True)

@@ -128,6 +128,7 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
         pixel_batch_size=args.pixel_batch_size,
         engine=args.engine,
         precision=args.precision,
+        compiled=args.compile,
     )
     lines = [
         f"PCSR on {pcsr.backbone}: {pcsr.path}; {routing.describe()}, "

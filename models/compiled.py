@@ -1,0 +1,43 @@
+"""A backbone that torch.compile made one program of."""
+
+import torch
+from torch import Tensor
+
+from models.backbones.base import SRNetwork
+from models.fuse import fused_copy
+from models.streams import RowStream
+from utils.errors import UserError
+
+
+class CompiledEncoder:
+    """Features of a network, compiled at the first image and again for other sizes.
+
+    Images are worked on whole: there is no stream of rows.
+
+    Args:
+        network: in eval mode, on its device; its weights are copied.
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, network: SRNetwork, dtype: torch.dtype = torch.float32) -> None:
+        fused = fused_copy(network).to(dtype)
+        self._features = torch.compile(fused.features)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalised (B, 3, h, w) to features (B, C, h, w).
+
+        Raises:
+            UserError: there is no working compiler.
+        """
+        try:
+            return self._features(x)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--compile needs a working compiler ({reason}): install g++ (and, for a GPU, "
+                f"triton), or leave --compile out"
+            ) from error
+
+    def stream(self) -> RowStream | None:
+        """None."""
+        return None
