@@ -36,28 +36,20 @@ class Checkpoints:
         resumes: the run goes on, so that `best.pth` is to be beaten.
 
     Attributes:
+        last_path, best_path: where the newest and the best one are, or will be.
         best: what `best.pth` holds; None where there is none.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, resumes: bool) -> None:
-        self._last = folder / LAST_NAME
-        self._best = folder / BEST_NAME
+        self.last_path = folder / LAST_NAME
+        self.best_path = folder / BEST_NAME
         self._keep_last = keep_last
-        self.best = _read_best(self._best) if resumes else None
-
-    @property
-    def last_path(self) -> Path:
-        """Where the newest is."""
-        return self._last
-
-    @property
-    def best_path(self) -> Path:
-        """Where the best is."""
-        return self._best
+        self._saved = False
+        self.best = _read_best(self.best_path) if resumes else None
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half-written."""
-        for path in (self._last, self._best):
+        for path in (self.last_path, self.best_path):
             remove_leftovers(path)
 
     def save(self, content: Mapping[str, Any]) -> None:
@@ -66,7 +58,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written; then all are as they were.
         """
-        save_checkpoint(self._last, content, first=self._make_room)
+        save_checkpoint(self.last_path, content, first=self._make_room)
+        self._saved = True
 
     def save_if_best(self, content: Mapping[str, Any], psnr: float) -> None:
         """Write the best one, if `psnr` is a number and above that of the best one so far.
@@ -78,22 +71,25 @@ class Checkpoints:
             return
         best = Best(psnr, content["iter"])
         save_checkpoint(
-            self._best, {**content, "best": {"psnr": best.psnr, "iteration": best.iteration}}
+            self.best_path, {**content, "best": {"psnr": best.psnr, "iteration": best.iteration}}
         )
         self.best = best
 
     def _make_room(self) -> None:
         """Shift the last ones by one name; at each moment all but the oldest are there."""
-        first = older_path(self._last, 1)
+        first = older_path(self.last_path, 1)
         # The same file: the run was killed between this and the replacement of the newest.
-        if not self._last.exists() or (first.exists() and first.samefile(self._last)):
+        if not self.last_path.exists() or (first.exists() and first.samefile(self.last_path)):
+            return
+        # A damaged one, which this run did not start from, is not worth the place of a whole one.
+        if not self._saved and _readable(self.last_path) is None:
             return
         for age in range(self._keep_last - 1, 1, -1):
-            before = older_path(self._last, age - 1)
+            before = older_path(self.last_path, age - 1)
             if before.exists():
-                before.replace(older_path(self._last, age))
+                before.replace(older_path(self.last_path, age))
         if self._keep_last > 1:
-            keep_as(self._last, first)
+            keep_as(self.last_path, first)
 
 
 def older_path(last: Path, age: int) -> Path:

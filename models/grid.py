@@ -122,7 +122,8 @@ class PixelGrid:
 
         Built once and then remembered: training asks for the same one in every iteration.
         """
-        return remembered_grid(tuple(lr_size), tuple(out_size), torch.device(device))
+        (h, w), (height, width) = lr_size, out_size
+        return remembered_grid((h, w), (height, width), torch.device(device))
 
     @property
     def out_size(self) -> tuple[int, int]:

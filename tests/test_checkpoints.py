@@ -125,6 +125,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_that_can_be_read(
     path, checkpoint = load_newest(last)
     assert (path.name, checkpoint["iter"]) == ("iter_last.2.pth", 2)
     assert f"{last} is damaged" in caplog.text and f"going on from {path}, of it" in caplog.text
+    make(tmp_path, 4).save(content(3))
+    assert load_checkpoint(path)["iter"] == 2, "no damaged one in its place"
     for damaged in all_paths(tmp_path):
         damaged.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"iter_last.pth .*damaged.*; no older one can be read: st"):
