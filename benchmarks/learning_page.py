@@ -15,6 +15,9 @@ takes the pixels whose error falls most (with the published light upsampler), at
 
 "Light by heavy": the light upsampler learns the heavy one's output, not HR. "Gain by heavy": the
 classifier learns the distance between both outputs, not the fall of the error against HR.
+
+Where k = 0 makes every pixel heavy, the run was too short for the margins to find their level: the
+orders can be compared, k = 0 and ADM cannot. What counts is iterations times learning rate.
 """
 _ORDERS = """### What a classifier could reach
 
