@@ -112,7 +112,7 @@ class PCSR(nn.Module):
         if self.classifier is None:
             raise UserError("PCSR: a phase 0 model has no classifier")
         *lights, heavy = self.upsamplers
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and len(self._frozen) == 0):
             feat = self.encode(lr)
             heavy_residual = heavy.dense(feat, grid)
         logits_BMHW = self.classifier.dense(feat, grid).float()
