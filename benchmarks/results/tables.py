@@ -156,7 +156,7 @@ def _or_none(text: Callable[[float], str]) -> Callable[[float | None], str]:
 decibels = _or_none(lambda value: f"{value:.2f}")
 difference = _or_none(lambda value: f"{value:.3f}")
 percent = _or_none(lambda value: f"{100 * value:.1f} %")
-milliseconds = _or_none(lambda value: f"{1e3 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s")
+milliseconds = _or_none(lambda value: f"{1e3 * value:.1f} ms" if value < 1 else f"{value:.2f} s")
 
 
 def giga(flops: float) -> str:
