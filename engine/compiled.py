@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.compiled import missing_compiler
 from models.grid import remembered_grid
 from utils.errors import UserError
 
@@ -40,23 +41,15 @@ def compiled(objective: nn.Module, mode: str, device: torch.device) -> Objective
         torch.compiler.cudagraph_mark_step_begin()
         try:
             losses = run(lr, hr)
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-            if not _lacks_compiler(error):
+        except RuntimeError as error:
+            reason = missing_compiler(error)
+            if reason is None:
                 raise
             raise UserError(
-                f"config: `compile: {mode}` needs a working compiler ({_first_line(error)}): "
+                f"config: `compile: {mode}` needs a working compiler ({reason}): "
                 f"install g++ (and, for a GPU, triton), or leave `compile` out"
             ) from error
         # The next step of a CUDA graph writes over what this one returned.
         return {name: value.clone() for name, value in losses.items()}
 
     return call
-
-
-def _lacks_compiler(error: BaseException) -> bool:
-    words = ("compiler", "triton", "g++", "gcc", "cpp")
-    return any(word in f"{type(error).__name__} {error}".lower() for word in words)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

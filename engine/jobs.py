@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.stop import StopSignal
-from utils.checkpoint import LAST_NAME, RELEASE_NAME, find_weights, load_checkpoint
+from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint
 from utils.cli import one_line
 from utils.config import Config
 from utils.errors import UserError
@@ -114,13 +114,9 @@ def _missing_phase0(job: Job, jobs: Sequence[Job]) -> str | None:
         return None
     name = job.config.name.replace("phase1", "phase0")
     for other in jobs:
-        if other.config.name == name:
+        if other is not job and other.config.name == name:
             return None if other.is_finished else name
-    try:
-        find_weights(job.folder.with_name(name))
-    except UserError:
-        return name
-    return None
+    return None  # the training finds phase 0's weights itself, or says that there are none
 
 
 def _train(job: Job, end_s: float, words: Sequence[str], margin_s: float, stop: StopSignal) -> int:
@@ -134,8 +130,10 @@ def _train(job: Job, end_s: float, words: Sequence[str], margin_s: float, stop: 
             process.terminate()
             is_asked, end_s = True, max(end_s, now + margin_s)
         elif is_asked and now >= end_s:
-            # Its last checkpoint is whole, however it ends.
+            # Its last checkpoint is whole, however it ends: it was asked to stop, and has.
             process.kill()
+            process.wait()
+            return _STOPPED[0]
         time.sleep(_POLL_S)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 

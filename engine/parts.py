@@ -65,6 +65,10 @@ def pack(folders: Sequence[Path], output: Path, part_mb: float) -> list[Part]:
         kept = next((each for each in known if each.name == part.name), None)
         if kept is not None and path.is_file():
             _verify(output, kept)
+            if not _holds(path, files, part):
+                raise UserError(
+                    f"{path} holds an older state of its files: pack into an empty folder"
+                )
         else:
             if path.exists():
                 raise UserError(f"{path} is there already and not in its manifest: remove it")
@@ -148,6 +152,16 @@ def _written(part: Part, path: Path, files: dict[str, Path]) -> Part:
     return Part(part.name, part.files, path.stat().st_size, _sha256(path))
 
 
+def _holds(path: Path, files: dict[str, Path], part: Part) -> bool:
+    """Whether a part's files are what the folders hold now."""
+    with tarfile.open(path) as tar:
+        for name in part.files:
+            content = tar.extractfile(name)
+            if content is None or content.read() != files[name].read_bytes():
+                return False
+    return True
+
+
 def _header(name: str, path: Path) -> tarfile.TarInfo:
     """Without owner and times, which differ from machine to machine."""
     header = tarfile.TarInfo(name)
@@ -169,7 +183,7 @@ def _tar_bytes(entries: int) -> int:
 
 def _extract(path: Path, output: Path) -> Iterator[bool]:
     """Write the files of one part; for each whether it was new."""
-    with tarfile.open(path) as tar:
+    with _opened(path) as tar:
         for member in tar:
             try:
                 safe = tarfile.data_filter(member, str(output))
@@ -188,6 +202,13 @@ def _extract(path: Path, output: Path) -> Iterator[bool]:
             with replace_file(target, sync=False) as temporary:
                 temporary.write_bytes(data)
             yield True
+
+
+def _opened(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path)
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is no tar file: {error}") from error
 
 
 def _verify(folder: Path, part: Part) -> None:

@@ -16,7 +16,14 @@ from torch import Tensor
 from engine.validation import ValidationRow
 from utils.atomic import write_text
 from utils.metrics import json_number
-from utils.run_metrics import METRICS_NAME, is_validation, parse_row, read_rows, validation_name
+from utils.run_metrics import (
+    METRICS_NAME,
+    has_validation,
+    is_validation,
+    parse_row,
+    read_rows,
+    validation_name,
+)
 
 # Above this share of waiting for data, the log says what helps.
 _MUCH_DATA = 0.5
@@ -149,11 +156,7 @@ class Recorder:
 
     def has_validation(self, iteration: int) -> bool:
         """Whether the folder holds validation figures of `iteration`; False on other ranks."""
-        if self._folder is None or not (self._folder / METRICS_NAME).is_file():
-            return False
-        lines = (self._folder / METRICS_NAME).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        return any(row["iteration"] == iteration and row["kind"] == "valid" for row in rows)
+        return self._folder is not None and has_validation(self._folder / METRICS_NAME, iteration)
 
     def _write(
         self, iteration: int, key: dict[str, Any], values: dict[str, float], tag: str, text: str

@@ -23,11 +23,11 @@ def open_folder(save_dir: Path, config: Config, start: Start) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    kept = None if start.resumes else set_aside(save_dir)
+    kept = None if start.is_of(save_dir) else set_aside(save_dir)
     add_file(save_dir / LOG_NAME)
     write_text(save_dir / CONFIG_NAME, dump_yaml({**config.raw, "seed": start.seed}))
     if kept is not None:
-        logger.info("starting anew; the run that was there is kept in %s", kept)
+        logger.info("a new run: the one that was there is kept in %s", kept)
     if start.resumes:
         logger.info("resumed at iteration %d from %s", start.iteration, start.path)
         _log_changes(config, start)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints import load_newest
+from engine.checkpoints import all_paths, load_newest
 from utils.checkpoint import LAST_NAME, check_same_model, find_weights, load_checkpoint
 from utils.config import Config
 from utils.errors import UserError
+from utils.run_metrics import METRICS_NAME, has_validation
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Start:
     checkpoint: dict[str, Any] | None = None
     resumes: bool = False
 
+    def is_of(self, folder: Path) -> bool:
+        """Whether it goes on with the run in `folder`."""
+        if not self.resumes or self.path is None:
+            return False
+        return self.path.resolve().parent == folder.resolve()
+
 
 def find_start(config: Config, options: TrainOptions) -> Start:
     """Decide where to start, and read the checkpoint for it.
@@ -65,6 +72,16 @@ def find_start(config: Config, options: TrainOptions) -> Start:
         check_same_model(config.model, checkpoint["model"], path)
         return Start(0, seed, path, checkpoint)
     return Start(0, seed)
+
+
+def is_complete(config: Config, options: TrainOptions, start: Start) -> bool:
+    """Whether the run has ended: all iterations, the last checkpoint and the last validation."""
+    if not 0 < config.iter_max <= start.iteration or start.path is None:
+        return False
+    if not start.is_of(options.save_dir) or start.path.name != LAST_NAME:
+        return False
+    metrics = options.save_dir / METRICS_NAME
+    return config.valid_dataset is None or has_validation(metrics, start.iteration)
 
 
 def phase0_weights(config: Config, options: TrainOptions) -> Path:
@@ -100,8 +117,8 @@ def _checkpoint_to_resume(options: TrainOptions) -> tuple[Path, dict[str, Any]] 
     if options.resume != "auto":
         path = Path(options.resume).expanduser()
         return path, load_checkpoint(path)
-    last = options.save_dir / LAST_NAME
-    return load_newest(last) if last.exists() else None
+    # Where only older ones are left, the newest of them is taken, as if the last were damaged.
+    return load_newest(options.save_dir / LAST_NAME) if all_paths(options.save_dir) else None
 
 
 def _resumed(config: Config, path: Path, checkpoint: dict[str, Any]) -> Start:

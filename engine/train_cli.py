@@ -29,8 +29,8 @@ def make_parser(description: str, example: str) -> Parser:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto continues the run in the folder, never starts anew (the checkpoint that is "
-        "there is kept under another name), a path continues from that checkpoint.",
+        help="auto continues the run in the folder, never starts anew (the run that is there is "
+        "kept in before-<time>/), a path continues from that checkpoint.",
     )
     return parser
 

@@ -17,7 +17,7 @@ from engine.gradients import BatchGradients, Losses
 from engine.objectives import make_objective
 from engine.recorder import Recorder
 from engine.run_folder import open_folder
-from engine.start import Start, TrainOptions, find_start
+from engine.start import Start, TrainOptions, find_start, is_complete
 from engine.state import TrainState
 from engine.stop import StopSignal
 from engine.train_checks import check_compile, check_model, check_scale, required_sections
@@ -46,7 +46,7 @@ def train(config: Config, options: TrainOptions, world: World) -> int:
         UserError: anything that the user can put right.
     """
     start = on_main(lambda: find_start(config, options))
-    if start.iteration >= config.iter_max > 0:
+    if on_main(lambda: is_complete(config, options, start)):
         logger.info("nothing to do: finished at iteration %d", start.iteration)
         return 0
     return Trainer(config, options, world, start).run()
@@ -77,6 +77,8 @@ class Trainer:
             self._progress() as bar,
         ):
             self._catch_up(recorder)
+            if self.start.iteration >= self.config.iter_max:
+                self._save(self.start.iteration)  # where the newest checkpoint was damaged
             return self._loop(stop, recorder, bar)
 
     def _build(self) -> None:
@@ -93,8 +95,9 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.state = TrainState(config, self.model, optimizer_spec, start)
         self.gradients = self._make_gradients()
+        save_dir = self.options.save_dir
         self.checkpoints = Checkpoints(
-            self.options.save_dir, keep_last=config.keep_last, resumes=start.resumes
+            save_dir, keep_last=config.keep_last, resumes=start.is_of(save_dir)
         )
         if start.resumes and start.path == self.checkpoints.last_path:
             self._saved_iteration = start.iteration

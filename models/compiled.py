@@ -8,6 +8,9 @@ from models.fuse import fused_copy
 from models.streams import RowStream
 from utils.errors import UserError
 
+# torch's own names: importing them takes a second.
+_MISSING = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")
+
 
 class CompiledEncoder:
     """Features of a network, compiled at the first image and again for other sizes.
@@ -31,8 +34,10 @@ class CompiledEncoder:
         """
         try:
             return self._features(x)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = str(error).strip().splitlines()[0]
+        except RuntimeError as error:
+            reason = missing_compiler(error)
+            if reason is None:
+                raise
             raise UserError(
                 f"--compile needs a working compiler ({reason}): install g++ (and, for a GPU, "
                 f"triton), or leave --compile out"
@@ -41,3 +46,12 @@ class CompiledEncoder:
     def stream(self) -> RowStream | None:
         """None."""
         return None
+
+
+def missing_compiler(error: BaseException) -> str | None:
+    """What torch says of a compiler that it needs and that is not there; None of other errors."""
+    cause = getattr(error, "inner_exception", error)
+    name = type(cause).__name__
+    if name not in _MISSING and not isinstance(cause, FileNotFoundError):
+        return None
+    return (str(cause).strip().splitlines() or [name])[0]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def relu_(x: Tensor) -> Tensor:
-    """ReLU in place, for any float dtype.
+    """ReLU in place, for float32, bfloat16 and float16.
 
     A half-precision number is negative where its bits, read as an integer, are: the integer
     maximum needs no conversion (measured on a CPU: a fifth of the time).
@@ -18,7 +18,7 @@ def relu_(x: Tensor) -> Tensor:
 
 
 def relu_into(out: Tensor, x: Tensor) -> None:
-    """ReLU of `x`, for any float dtype, into `out` of the same shape; see :func:`relu_`."""
+    """:func:`relu_` of `x` into `out` of the same shape."""
     if x.dtype == torch.float32:
         torch.clamp_min(x, 0, out=out)
     else:

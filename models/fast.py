@@ -32,10 +32,12 @@ from models.streams import Encoder
 BLOCK_PX = 4096
 LEAST_BLOCK_PX = 1024
 CHUNK_PX = 4096
+CHUNK_WIDTH = 80
 # On other devices: enough to fill a GPU.
 DEVICE_BLOCK_PX = 2**18
 DEVICE_CHUNK_PX = 2**20
-# LR pixels of an encoder's run of rows; an image of up to twice as many is one run.
+# LR pixels of an encoder's run of rows, in half precision twice as many; an image of up to twice
+# that is one run.
 RUN_PX = 16384
 HALF_MULTIPLE = 1024
 HALF_MIN_WIDTH = 48
@@ -60,7 +62,7 @@ class FastEngine:
         *,
         block_px: int | None = None,
         chunk_px: int | None = None,
-        run_px: int = RUN_PX,
+        run_px: int | None = None,
         dtype: torch.dtype = torch.float32,
         encoder: Encoder | None = None,
     ) -> None:
@@ -78,7 +80,7 @@ class FastEngine:
         suitable = _chunk_px(device, dtype)
         self.block_px = block_px or (BLOCK_PX if device.type == "cpu" else DEVICE_BLOCK_PX)
         self.chunk_px = min(suitable, chunk_px or suitable)
-        self.run_px = run_px
+        self.run_px = run_px or RUN_PX * (1 if dtype == torch.float32 else 2)
 
     def encode(self, lr: Tensor) -> Tensor:
         x = self.norm.normalise(lr).to(self.dtype)
@@ -178,7 +180,7 @@ class FastEngine:
         h, w = feat_hwC.shape[:2]
         out_KhSwS = out_KHW.view(-1, h, scale, w, scale)
         for rows in self._strips(h, w):
-            y_KPQ = _all_phases(packed, feat_hwC[rows].flatten(0, 1), phases_PD)
+            y_KPQ = self._all_phases(packed, feat_hwC[rows].flatten(0, 1), phases_PD)
             y_KSSrw = y_KPQ.reshape(packed.out_dim, scale, scale, -1, w)
             out_KhSwS[:, rows] = y_KSSrw.permute(0, 3, 1, 4, 2)
         return packed.flops(h * w, out_KHW[0].numel())
@@ -219,7 +221,7 @@ class FastEngine:
             lights = int((classes_PQ == 0).sum())
             if lights:
                 lightest = self.upsamplers[0]
-                residual_3Q = _all_phases(lightest, feat_QC, tables[0]).float()
+                residual_3Q = self._all_phases(lightest, feat_QC, tables[0]).float()
                 work.add(0, lights, lightest.flops(len(feat_QC), classes_PQ.numel()))
             for j, packed in enumerate(self.upsamplers[1:], start=1):
                 phase, source = (classes_PQ == j).nonzero(as_tuple=True)
@@ -277,6 +279,17 @@ class FastEngine:
             residual_3rW = (residual_3Q * std).unflatten(1, (last - first, W))
             sr_3HW[:, first:last].add_(residual_3rW)
 
+    def _all_phases(self, packed: PackedSampler, feat_QC: Tensor, phases_PD: Tensor) -> Tensor:
+        """All output pixels of some LR pixels at an integer scale, phase by phase: (O, P Q)."""
+        lr_QD = packed.lr_part(feat_QC)
+        # A narrow one's activations fit the cache at more pixels.
+        most = self.chunk_px * max(1, CHUNK_WIDTH // lr_QD.shape[1])
+        parts = [
+            packed.finish((lr_QD + some_PD[:, None]).flatten(0, 1))
+            for some_PD in phases_PD.split(max(1, most // len(lr_QD)))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
     @staticmethod
     def _padded(index: Tensor, packed: PackedSampler) -> Tensor:
         """`index` (Q, ...), for products in half precision with zeros up to a multiple.
@@ -326,12 +339,6 @@ def _chunk_px(device: torch.device, dtype: torch.dtype) -> int:
     if device.type != "cpu":
         return DEVICE_CHUNK_PX
     return CHUNK_PX * torch.get_num_threads() * (1 if dtype == torch.float32 else 2)
-
-
-def _all_phases(packed: PackedSampler, feat_QC: Tensor, phases_PD: Tensor) -> Tensor:
-    """All output pixels of some LR pixels at an integer scale, phase by phase: (O, P Q)."""
-    lr_QD = packed.lr_part(feat_QC)
-    return packed.finish((lr_QD + phases_PD[:, None]).flatten(0, 1))
 
 
 def _all_pixels(

@@ -175,7 +175,8 @@ class PixelGrid:
         row = torch.div(pixels_Q, width, rounding_mode="floor")
         col = pixels_Q - row * width
         source = self.rows.nearest[row] * self.cols.lr_len + self.cols.nearest[col]
-        feat_BQC = feat_BChw.flatten(2)[:, :, source].transpose(1, 2)
+        # Pixel by pixel in memory first: so a pixel's features are read at once.
+        feat_BQC = feat_BChw.flatten(2).transpose(1, 2).contiguous().index_select(1, source)
         position = torch.stack([self.rows.rel[row], self.cols.rel[col]], dim=-1)
         cell = position.new_tensor([self.rows.cell, self.cols.cell]).expand_as(position)
         geometry = torch.cat([position, cell], dim=-1).to(feat_BQC.dtype)

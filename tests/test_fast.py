@@ -8,6 +8,7 @@ import torch
 import models
 from engine.restore import make_engine
 from models.backbones.base import SRNetwork
+from models.compiled import CompiledEncoder
 from models.fast import FastEngine
 from models.inference import super_resolve, super_resolve_patches
 from models.optimized import OptimizedOriginal
@@ -196,6 +197,7 @@ def test_features_that_do_not_fit_are_computed_twice(monkeypatch: pytest.MonkeyP
 def test_compiled_encoder_is_the_encoder() -> None:
     model = make_model("fsrcnn")
     lr = torch.rand(1, 3, 9, 7)
+    assert isinstance(make_engine(model, compiled=True).encoder, CompiledEncoder)
     plain, compiled = (
         super_resolve(make_engine(model, compiled=word), lr, (36, 28), KRouting(0.0), (0.0, 0.7)).sr
         for word in (False, True)

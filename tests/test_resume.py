@@ -25,6 +25,7 @@ from tests.training import (
 from utils.checkpoint import BEST_NAME, LAST_NAME, load_checkpoint, save_checkpoint
 from utils.config import check_config
 from utils.errors import UserError
+from utils.run_metrics import METRICS_NAME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_logging")
@@ -79,6 +80,45 @@ def test_resume_from_a_path(pictures: Path, tmp_path: Path) -> None:
     run(config, tmp_path / "b", resume=str(tmp_path / "a" / LAST_NAME))
     run(config, tmp_path / "a")
     assert not differences(checkpoint_of(tmp_path / "a"), checkpoint_of(tmp_path / "b"))
+
+
+def test_resume_from_a_path_keeps_the_run_that_is_there(pictures: Path, tmp_path: Path) -> None:
+    run(make_config("fsrcnn", pictures, iter_max=2), tmp_path / "a")
+    run(make_config("fsrcnn", pictures, iter_max=3), tmp_path / "b")
+    there = (tmp_path / "b" / LAST_NAME).read_bytes()
+    config = make_config("fsrcnn", pictures, iter_max=4)
+    run(config, tmp_path / "b", resume=str(tmp_path / "a" / LAST_NAME))
+    (kept,) = (tmp_path / "b").glob("before-*")
+    assert (kept / LAST_NAME).read_bytes() == there
+    assert [row["iteration"] for row in metrics_of(tmp_path / "b")] == [4]
+
+
+def test_without_the_newest_checkpoint_the_one_before_goes_on(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config("fsrcnn", pictures, iter_max=4, iter_save=1)
+    run(config, tmp_path)
+    whole = checkpoint_of(tmp_path)
+    (tmp_path / LAST_NAME).unlink()
+    with caplog.at_level(logging.INFO):
+        assert run(config, tmp_path) == 0
+    assert "resumed at iteration 3" in caplog.text
+    assert not differences(whole, checkpoint_of(tmp_path))
+
+
+def test_killed_in_the_last_validation_it_is_made_up_for(pictures: Path, tmp_path: Path) -> None:
+    data = raw_config("fsrcnn", pictures)["train_dataset"]["dataset"]
+    whole = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    valid = {"dataset": data, "wrapper": whole}
+    config = make_config("fsrcnn", pictures, iter_max=2, valid_dataset=valid)
+    run(config, tmp_path)
+    whole = (tmp_path / METRICS_NAME).read_text()
+    rows = [line for line in whole.splitlines() if '"valid"' not in line]
+    (tmp_path / METRICS_NAME).write_text("".join(f"{row}\n" for row in rows))
+    (tmp_path / BEST_NAME).unlink()
+    assert run(config, tmp_path) == 0
+    assert (tmp_path / METRICS_NAME).read_text() == whole
+    assert (tmp_path / BEST_NAME).is_file()
 
 
 def test_the_configs_rate_counts_after_resuming(

@@ -137,6 +137,14 @@ def test_what_is_there_is_not_overwritten(pictures, tmp_path) -> None:
         pack([pictures], tmp_path / "parts", 1)
 
 
+def test_parts_of_an_older_state_are_not_taken_for_the_new_one(pictures, tmp_path) -> None:
+    pack([pictures], tmp_path / "parts", 1)
+    content = (pictures / "3.png").read_bytes()
+    (pictures / "3.png").write_bytes(content[::-1])
+    with pytest.raises(UserError, match="older state"):
+        pack([pictures], tmp_path / "parts", 1)
+
+
 def test_wrong_parts_are_refused(pictures, tmp_path) -> None:
     with pytest.raises(UserError, match="raise --part-mb"):
         pack([pictures], tmp_path / "parts", 0.001)

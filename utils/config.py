@@ -78,7 +78,8 @@ class Config:
         init: phase 1's starting weights; None for the phase 0 config's.
         precision: "fp32" or "bf16" (autocast) arithmetic in training.
         channels_last: memory layout of the convolutions in training.
-        microbatches: on the CPU, pieces that a batch is cut into, one thread each; None for 4.
+        microbatches: on the CPU, pieces that a batch is cut into, one thread each; None for 4
+            (1 in bf16).
         accumulate: parts that a batch is computed in one after another, for less memory.
         grad_clip: the largest norm of the gradient of all weights; None for any.
         ema: decay of the average of the weights that validation and release take; None for none.

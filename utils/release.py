@@ -14,6 +14,7 @@ from utils.checkpoint import (
     weights_for_inference,
 )
 from utils.cli import Parser, run
+from utils.errors import UserError
 
 EVIDENCE = ("config.yaml", "log.txt", "metrics.jsonl")
 
@@ -30,6 +31,8 @@ def release(folder: Path) -> Path:
         UserError: no checkpoint there, or it cannot be read.
     """
     last = load_checkpoint(folder / LAST_NAME)
+    if "name" not in last["model"] or "iter" not in last:
+        raise UserError(f"checkpoint {folder / LAST_NAME} is not that of a training run")
     path = folder / RELEASE_NAME
     model = {**last["model"], "sd": weights_for_inference(last)}
     save_checkpoint(path, {"model": model, "iter": last["iter"]})

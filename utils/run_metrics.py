@@ -30,6 +30,12 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     return good, len(rows) - len(good)
 
 
+def has_validation(path: Path, iteration: int) -> bool:
+    """Whether a file holds validation figures of `iteration`; False where there is no file."""
+    rows = read_rows(path)[0] if path.is_file() else []
+    return any(row["iteration"] == iteration and is_validation(row) for row in rows)
+
+
 def is_validation(row: dict[str, Any]) -> bool:
     """Whether a row is of a validation."""
     return row["kind"].startswith("valid")

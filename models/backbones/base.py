@@ -75,7 +75,7 @@ class SRNetwork(nn.Module):
         return features
 
     def stream(self) -> RowStream | None:
-        """A new stream from normalised rows (r, w, 3) to feature rows, for one image.
+        """A new stream from normalised rows (B, r, w, 3) to feature rows.
 
         Of a network without batch norm, or of :meth:`fused`'s. None where there is none: where
         features depend on the whole image at once.

@@ -50,7 +50,8 @@ class _Fusion:
         out = _products(parts[0], self._weights[0], self._bias)
         for pieces, weight in zip(parts[1:], self._weights[1:], strict=True):
             for target, piece in aligned(out, pieces):
-                target.view(-1, target.shape[-1]).addmm_(piece.flatten(0, 2), weight)
+                for rows, part in zip(target, piece, strict=True):  # an image's are contiguous
+                    rows.view(-1, rows.shape[-1]).addmm_(part.flatten(0, 1), weight)
         return out
 
 
@@ -151,7 +152,8 @@ def _products(pieces: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     count = sum(piece.shape[1] for piece in pieces)
     out = first.new_empty(len(first), count, first.shape[2], weight.shape[1])
     for target, piece in aligned(out, pieces):
-        affine_into(target.view(-1, weight.shape[1]), piece.flatten(0, 2), weight, bias)
+        for rows, part in zip(target, piece, strict=True):
+            affine_into(rows.view(-1, weight.shape[1]), part.flatten(0, 1), weight, bias)
     return out
 
 
