@@ -128,9 +128,12 @@ class _Sample:
 class PixelTimes:
     """What output pixels take from their routing on.
 
+    Engines differ: where the lightest upsampler runs on whole strips (`UpsamplingCost.pixel` is 0
+    for it), each of the strip's pixels takes its time, whatever their classes are.
+
     Attributes:
         pixel_s: (M,) a pixel by its class, where its strip is of one class.
-        extra_s: for each pixel of a strip and each further class there.
+        extra_s: for each pixel of a strip and each upsampler there that others share it with.
     """
 
     pixel_s: tuple[float, ...]
@@ -152,20 +155,22 @@ class PixelTimes:
         """
         # A heavier upsampler may seem faster, by chance.
         pixel_s = [longest / image.pixels for longest in itertools.accumulate(pure_s, max)]
-        alone_s = float(mixed_counts_BHM.sum(axis=(0, 1)) @ np.array(pixel_s))
-        further_BS = image.cost.occurs(mixed_counts_BHM).sum(axis=-1) - 1
-        further_px = float((further_BS * _strip_pixels(image)).sum())
-        extra_s = max(0.0, mixed_s - alone_s) / further_px if further_px else 0.0
+        # Linear in what is sought: the cost without it, and what it is multiplied with.
+        alone_s = cls(tuple(pixel_s), 0.0).cost(image).total(mixed_counts_BHM)
+        shared_px = cls((0.0,) * len(pixel_s), 1.0).cost(image).total(mixed_counts_BHM)
+        extra_s = max(0.0, mixed_s - alone_s) / shared_px if shared_px > 0 else 0.0
         return cls(tuple(pixel_s), extra_s)
 
     def cost(self, image: ImageCost, fixed_s: float = 0.0) -> UpsamplingCost:
         """An image's time as a function of its classes, `fixed_s` for each patch included."""
-        strip_S1 = self.extra_s * _strip_pixels(image)[:, None]
+        per_strip = np.full(len(self.pixel_s), self.extra_s)
+        if image.cost.pixel[0] == 0:
+            per_strip[0] = self.pixel_s[0]
         return UpsamplingCost(
             fixed=fixed_s,
-            pixel=tuple(each - self.extra_s for each in self.pixel_s),
+            pixel=tuple(np.subtract(self.pixel_s, per_strip).tolist()),
             strip_starts=image.cost.strip_starts,
-            strip=np.tile(strip_S1, (1, len(self.pixel_s))),
+            strip=_strip_pixels(image)[:, None] * per_strip,
         )
 
 
