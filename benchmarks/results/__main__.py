@@ -12,6 +12,7 @@ from benchmarks.results.pictures import draw_crops
 from benchmarks.results.quality import measure_bicubic, measure_subject
 from benchmarks.results.speed import measure_speed
 from benchmarks.results.subjects import SETS, SUBJECTS, Subject, chosen
+from benchmarks.results.target import target_text
 from utils.cli import (
     EXIT_USER_ERROR,
     Parser,
@@ -93,6 +94,7 @@ def main() -> int:
     if "render" in args.steps:
         for path in render():
             print(path)
+        print(target_text())
     if failed:
         print(f"error: not measured: {'; '.join(failed)}", file=sys.stderr)
     return EXIT_USER_ERROR if failed else 0

@@ -1,8 +1,10 @@
 """What the figures teach: results/LESSONS.md. Every number in it comes from results/figures."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from benchmarks.results.speed import EVERY
 from benchmarks.results.subjects import (
     LABELS,
     ROUTINGS,
@@ -10,6 +12,7 @@ from benchmarks.results.subjects import (
     Subject,
 )
 from benchmarks.results.tables import (
+    NONE,
     decibels,
     difference,
     giga,
@@ -21,6 +24,7 @@ from benchmarks.results.tables import (
     share_of_time,
     table,
 )
+from benchmarks.results.target import target_text
 from utils.errors import UserError
 
 # A picture's best all-round judge: a hundred photographs.
@@ -28,12 +32,14 @@ JUDGE = SETS[-1]
 # Nobody sees less.
 TOLERANCE_DB = 0.03
 _PARTS = tuple(key for key in ROUTINGS if key.startswith("way"))
+_WORDS = {"k0": "--k 0", "adm": "--adaptive"}
 
 _TEXT = """# What the figures teach
 
 Written by `make results` from the figures in [figures/](figures): numbers and verdicts follow the
 weights that are released. All of it is x4 on {judge}; tables of all sets are on the
-[results page](README.md).
+[results page](README.md). FLOPs and PSNR are means over all images of {judge}, times over every
+{every}th of them.
 
 ## Where routing pixels pays
 
@@ -45,10 +51,14 @@ The cheapest routing that stays within {tolerance} dB of the same network all-he
 {tolerance} dB below it. The clock is that of the original after the graph optimisations that PCSR's
 engine has (folded batch norms, channels-last), not of its slower published form.
 
+{target}
+
 ## What decides it
 
 1. **What is left to save.** Routing touches the upsampler only; backbone and classifier run
-   everywhere. All-light is the floor, all-heavy the ceiling, and no routing leaves this range:
+   everywhere. All-light is the floor, all-heavy nearly the ceiling: a mixture that is almost
+   all-heavy costs slightly more, as the lightest upsampler runs on every strip of rows where a
+   single pixel needs it.
 
 {ranges}
 
@@ -62,14 +72,15 @@ engine has (folded batch norms, channels-last), not of its slower published form
 4. **Where the pixels are.** The classifier's order of pixels is the same for `k`, ADM and budgets;
    they differ in where each image stops. A budget stops every image at the same cost, which is
    what a deadline needs. `k = 0` lets a hard image take more and an easy one less; at the same mean
-   FLOPs (between the two nearest budgets) it is {spread} dB better than a budget.
-   The last quarter of the way to all-heavy gives {last_quarter} dB, the first {first_quarter} dB.
+   FLOPs (between the two nearest budgets) its PSNR differs from a budget's by {spread}.
+   With {gains_of}, the last quarter of the way to all-heavy gives {last_quarter} dB, the first
+   {first_quarter} dB.
 
 ## What to use
 
-- A picture or a folder, nothing else known: `--k 0`.
-- A cost that must be kept: `--budget`, at least a quarter of the way above the all-light share in
-  the table above.
+The cheapest of the measured routings that pays (where no time was measured: in FLOPs) and stays
+within {tolerance} dB of all-heavy:
+
 {advice}
 """
 
@@ -83,11 +94,14 @@ def lessons_text() -> str:
     return _TEXT.format(
         judge=JUDGE,
         tolerance=TOLERANCE_DB,
+        every=EVERY,
         verdicts=_verdicts(subjects),
+        target=target_text(),
         ranges=_indented(_ranges(subjects)),
         fsrcnn=_counted(subjects),
         clock=_indented(_clock(subjects)),
         spread=_spread(subjects),
+        gains_of=carn.title,
         first_quarter=_gain(carn, "light", "way25"),
         last_quarter=_gain(carn, "way75", "heavy"),
         advice=_advice(subjects),
@@ -96,8 +110,14 @@ def lessons_text() -> str:
 
 def cheapest(subject: Subject) -> str:
     """The routing with the fewest FLOPs that stays within the tolerance of all-heavy."""
-    good = [key for key in ROUTINGS if (loss(subject, JUDGE, key) or 0.0) <= TOLERANCE_DB]
-    return min(good, key=lambda key: row_of(subject, JUDGE, key)["flops_executed"])
+    return _good(subject, ROUTINGS)[0]
+
+
+def _good(subject: Subject, keys: Iterable[str]) -> list[str]:
+    """Routings within the tolerance of all-heavy, the cheapest in FLOPs first."""
+    losses = {key: loss(subject, JUDGE, key) for key in keys}
+    good = [key for key, lost in losses.items() if lost is not None and lost <= TOLERANCE_DB]
+    return sorted(good, key=lambda key: row_of(subject, JUDGE, key)["flops_executed"])
 
 
 def _verdicts(subjects: Sequence[Subject]) -> str:
@@ -109,7 +129,6 @@ def _verdicts(subjects: Sequence[Subject]) -> str:
         quality = [
             row_of(subject, JUDGE, each).get("psnr_rgb") for each in ("original", "heavy", key)
         ]
-        flops, time = share_of_original(subject, JUDGE, key), share_of_time(subject, key)
         lines.append(
             [
                 subject.title,
@@ -117,24 +136,35 @@ def _verdicts(subjects: Sequence[Subject]) -> str:
                 decibels(quality[1]),
                 LABELS[key].removeprefix("PCSR, "),
                 decibels(quality[2]),
-                percent(flops),
-                percent(time),
-                _verdict(quality, flops, time),
+                percent(share_of_original(subject, JUDGE, key)),
+                percent(share_of_time(subject, key)),
+                _verdict(subject, key),
             ]
         )
     return table(titles, lines, left=1)
 
 
-def _verdict(quality: Sequence[float | None], flops: float | None, time: float | None) -> str:
-    original, _, chosen = quality
-    if original is not None and chosen is not None and chosen < original - TOLERANCE_DB:
+def _verdict(subject: Subject, key: str) -> str:
+    if _costs_quality(subject, key):
         return "costs quality"
-    saves = [share is not None and share < 1 for share in (flops, time)]
-    if all(saves) or (saves[0] and time is None):
-        return "pays"
-    if saves[0]:
-        return "pays in FLOPs, not on the clock"
-    return "pays on the clock only" if saves[1] else "does not pay"
+    time = share_of_time(subject, key)
+    if time is None:
+        words = "pays" if _saves_flops(subject, key) else "does not pay"
+        return f"{words} in FLOPs, time not measured"
+    if _saves_flops(subject, key):
+        return "pays" if time < 1 else "pays in FLOPs, not on the clock"
+    return "pays on the clock only" if time < 1 else "does not pay"
+
+
+def _costs_quality(subject: Subject, key: str) -> bool:
+    """Whether a routing is worse than the original network, beyond the tolerance."""
+    original, chosen = (row_of(subject, JUDGE, each).get("psnr_rgb") for each in ("original", key))
+    return original is not None and chosen is not None and chosen < original - TOLERANCE_DB
+
+
+def _saves_flops(subject: Subject, key: str) -> bool:
+    share = share_of_original(subject, JUDGE, key)
+    return share is not None and share < 1
 
 
 def _ranges(subjects: Sequence[Subject]) -> str:
@@ -201,9 +231,9 @@ def _reshaped(small: Subject) -> str:
 def _spread(subjects: Sequence[Subject]) -> str:
     gains = [gain for subject in subjects if (gain := _gain_of_k(subject)) is not None]
     if not gains:
-        return "-"
-    low, high = min(gains), max(gains)
-    return f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
+        return NONE
+    ends = dict.fromkeys(f"{gain:+z.3f}" for gain in (min(gains), max(gains)))
+    return f"{' to '.join(ends)} dB"
 
 
 def _gain_of_k(subject: Subject) -> float | None:
@@ -226,19 +256,30 @@ def _gain(subject: Subject, start: str, end: str) -> str:
 
 
 def _advice(subjects: Sequence[Subject]) -> str:
-    lines = []
-    for subject in subjects:
-        key = cheapest(subject)
-        original, heavy, chosen = (
-            row_of(subject, JUDGE, each).get("psnr_rgb") for each in ("original", "heavy", key)
-        )
-        verdict = _verdict(
-            (original, heavy, chosen),
-            share_of_original(subject, JUDGE, key),
-            share_of_time(subject, key),
-        )
-        lines.append(f"- {subject.title}: {verdict}.")
-    return "\n".join(lines)
+    titles = ["weights", "nothing else known", "a cost that every image must keep"]
+    lines = [
+        [
+            subject.title,
+            _advised(subject, ("k0", "adm")) or "the original: nothing qualifies",
+            _advised(subject, _PARTS) or "the original: no budget qualifies",
+        ]
+        for subject in subjects
+    ]
+    return table(titles, lines, left=3)
+
+
+def _advised(subject: Subject, keys: Sequence[str]) -> str | None:
+    """The cheapest of these routings that is worth it, as words of test_pcsr.py."""
+    for key in _good(subject, keys):
+        share, time = share_of_original(subject, JUDGE, key), share_of_time(subject, key)
+        if share is None or share >= 1 or _costs_quality(subject, key) or (time or 0) >= 1:
+            continue
+        # Rounded up: a budget below this one was not measured.
+        words = _WORDS.get(key, f"--budget {math.ceil(100 * share) / 100:.2f}")
+        more = " or more" if key in _PARTS else ""
+        of_time = "time not measured" if time is None else f"{percent(time)} of the time"
+        return f"`{words}`{more}: {percent(share)} of the FLOPs, {of_time}"
+    return None
 
 
 def _indented(text: str) -> str:

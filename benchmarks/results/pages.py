@@ -29,7 +29,7 @@ from benchmarks.results.tables import (
     weights_table,
 )
 from utils.atomic import write_text
-from utils.config import load_config
+from utils.config import Config, load_config
 from utils.errors import UserError
 from utils.run_metrics import METRICS_NAME, read_rows
 
@@ -59,13 +59,12 @@ FLOPs, for every image alike. Rows of official weights are measured with the pub
 which are not in this repository (`make results OFFICIAL=DIR` measures them again).
 """
 
-_SPEED = """## Cost, time and memory
-
-Medians of {rounds} rounds in turn on one picture, LR {width}x{height} to {out_width}x{out_height},
-fp32, on {machine}, threads: {threads}, torch {torch}. *Of the optimised* is the time over that of
-the original network after the same graph optimisations as PCSR's fast engine. Memory is the peak
-of a process that does nothing else, libraries included. The last two columns are the mean over
-every {every}th image of {timed_set} (medians of {image_rounds} rounds).
+_SPEED = """Medians of {rounds} rounds in turn on one picture, LR {width}x{height} to
+{out_width}x{out_height}, fp32, on {machine}, threads: {threads}, torch {torch}. *Of the
+optimised* is the time over that of the original network after the same graph optimisations as
+PCSR's fast engine. Memory is the peak of a process that does nothing else, libraries included. The
+last two columns are the mean over every {every}th image of {timed_set} (medians of {image_rounds}
+rounds); FLOPs are of the picture.
 """
 
 
@@ -132,8 +131,8 @@ def results_text() -> str:
 
 def training_table() -> str:
     """How the released weights were trained, from what is beside them."""
-    titles = ["config", "iterations", "batch", "LR patch", "learning rate", "precision", "device"]
-    titles += ["hours", "validation"]
+    titles = ["config", "iterations", "batch", "LR patch", "learning rate", "routing loss"]
+    titles += ["precision", "device", "hours", "validation"]
     names = [
         name
         for subject in SUBJECTS
@@ -172,7 +171,8 @@ def _training_line(name: str) -> list[str]:
         str(trained[-1]["iteration"] if trained else 0),
         str(config.train_dataset.batch_size),
         str(config.train_dataset.wrapper["args"].get("inp_size", NONE)),
-        f"{config.optimizer['args']['lr']:g}",
+        _rates(config),
+        _routing_loss(config),
         config.precision,
         ", ".join(f"{device} x {count}" for device, count in places) or NONE,
         f"{seconds / 3600:.2f}",
@@ -180,10 +180,45 @@ def _training_line(name: str) -> list[str]:
     ]
 
 
+def _rates(config: Config) -> str:
+    """The learning rate that each cosine starts from, and where."""
+    assert config.optimizer is not None and config.lr_scheduler is not None
+    first, args = config.optimizer["args"]["lr"], config.lr_scheduler["args"]
+    restarts = zip(args.get("restarts", ()), args.get("weights", ()), strict=False)
+    # A restart at the very end restarts nothing.
+    later = [f"{first * w:g} from {at}" for at, w in restarts if at < config.iter_max]
+    return ", ".join([f"{first:g}", *later])
+
+
+def _routing_loss(config: Config) -> str:
+    """That of phase 1, with its arguments."""
+    if config.phase != 1:
+        return NONE
+    if config.routing_loss is None:
+        return "published"
+    args = config.routing_loss.get("args", {})
+    return ", ".join([config.routing_loss["name"], *(f"{k} {v}" for k, v in args.items())])
+
+
 def _speed_text(subjects: list[Subject]) -> str:
-    content = read_json(subjects[0].speed_path)
+    heads = [_speed_head(subject) for subject in subjects]
+    titles = [f"### {subject.title}\n" for subject in subjects]
+    if len(set(heads)) == 1:
+        titles[0] = f"{heads[0]}\n{titles[0]}"
+    else:
+        # Measured on different machines, or otherwise.
+        titles = [f"{title}\n{head}" for title, head in zip(titles, heads, strict=True)]
+    tables = [
+        f"{title}\n{speed_table(subject)}\n"
+        for title, subject in zip(titles, subjects, strict=True)
+    ]
+    return "\n".join(["## Cost, time and memory\n", *tables])
+
+
+def _speed_head(subject: Subject) -> str:
+    content = read_json(subject.speed_path)
     machine, picture = content["machine"], content["picture"]
-    head = _SPEED.format(
+    return _SPEED.format(
         rounds=picture["rounds"],
         width=picture["lr_width"],
         height=picture["lr_height"],
@@ -196,8 +231,6 @@ def _speed_text(subjects: list[Subject]) -> str:
         timed_set=TIMED_SET,
         image_rounds=IMAGE_ROUNDS,
     )
-    tables = [f"### {subject.title}\n\n{speed_table(subject)}\n" for subject in subjects]
-    return "\n".join([head, *tables])
 
 
 def _picture(path: Path, words: str) -> str:

@@ -3,14 +3,17 @@
 The photographs are in the repository; the released weights were trained on others.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from benchmarks.results.subjects import CONVENTIONS, RESULTS, ROOT, SCALE, Subject
+from benchmarks.results.subjects import CONVENTIONS, RESULTS, ROOT, SCALE, Subject, identities
 from datasets.resize import imresize
 from engine.demo.compare import crop_centre
 from engine.restore import OriginalRestorer, PcsrRestorer, load_original, load_pcsr
@@ -22,6 +25,8 @@ from utils.metrics import psnr, quantise
 
 _OPACITY = 0.5
 _DPI = 110
+# Key of the PNG's text: which weights drew it.
+_WEIGHTS = "Weights"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,12 @@ def path_of(subject: Subject) -> Path:
     return RESULTS / f"crops-{subject.name}.png"
 
 
+def drawn_with(path: Path) -> dict[str, Any]:
+    """The identities of the weights that drew a file of crops; empty where it does not say."""
+    with Image.open(path) as image:
+        return json.loads(image.info.get(_WEIGHTS, "{}"))
+
+
 def draw_crops(
     subject: Subject, weights: tuple[Path | None, Path | None], device: torch.device
 ) -> None:
@@ -76,8 +87,9 @@ def draw_crops(
             axes.set_title(f"{name}\n{words}" if words else name, fontsize=10)
         line[0].set_ylabel(crop.title, fontsize=11)
     figure.suptitle(f"{subject.title}, x{SCALE}, k = 0; figures (RGB) are of the whole photograph")
+    about = {_WEIGHTS: json.dumps(identities(weights))}
     with replace_file(path_of(subject)) as temporary:
-        figure.savefig(temporary, dpi=_DPI)
+        figure.savefig(temporary, dpi=_DPI, metadata=about)
 
 
 def _row(

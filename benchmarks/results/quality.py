@@ -70,10 +70,10 @@ def measure_subject(
     if pcsr_path is not None:
         pcsr = PcsrRestorer(load_pcsr(pcsr_path, device))
         about["pcsr"] = _about(pcsr.model, pcsr_path)
-        phase0 = pcsr_path.parent.with_name(subject.pcsr.replace("phase1", "phase0"))
-        if (phase0 / RELEASE_NAME).is_file():
-            iterations = load_checkpoint(phase0 / RELEASE_NAME).get("iter")
-            about["pcsr"]["phase0_iterations"] = iterations
+        phase0 = ROOT / "save" / subject.pcsr.replace("phase1", "phase0") / RELEASE_NAME
+        # What is in save/ says nothing of the official weights.
+        if not subject.is_official and phase0.is_file():
+            about["pcsr"]["phase0_iterations"] = load_checkpoint(phase0).get("iter")
 
     def measure(sample: EvaluationSample, lr: Tensor) -> Rows:
         rows: Rows = {"original": cost_of_original((lr.shape[-2], lr.shape[-1]))}

@@ -19,6 +19,7 @@ from benchmarks.results.subjects import (
     ROUTINGS,
     SCALE,
     Subject,
+    identities,
     routing_of,
     watched,
     write_figures,
@@ -71,6 +72,7 @@ def measure_speed(
         rows[key]["peak_memory_bytes"] = peak
     content: dict[str, Any] = {
         "name": subject.name,
+        **identities(weights),
         "machine": describe(device),
         "picture": {
             "lr_height": LR_SIZE[0],

@@ -143,6 +143,12 @@ def identity(path: Path) -> dict[str, Any]:
     }
 
 
+def identities(weights: tuple[Path | None, Path | None]) -> dict[str, dict[str, Any]]:
+    """The identity of original and PCSR, of those that are given."""
+    named = zip(("original", "pcsr"), weights, strict=True)
+    return {key: identity(path) for key, path in named if path is not None}
+
+
 def watched(steps: Sequence[int], words: str) -> Iterable[int]:
     """`steps` with a progress bar where somebody watches."""
     return tqdm(steps, desc=words, unit="image", leave=False, disable=not sys.stderr.isatty())
