@@ -154,12 +154,22 @@ class PcsrRestorer:
         self.patches = patches
         self.engine = make_engine(model, engine, pixel_batch_size, precision, compiled=compiled)
         self.cost = PcsrCost.of(model)
+        self._to_compile = compiled
+        self._compiled: set[tuple[int, ...]] = set()
+
+    def _compile(self, lr: Tensor) -> None:
+        """Compile for an image's size, where that has not been done: not on the clock."""
+        if self._to_compile and lr.shape not in self._compiled:
+            self._compiled.add(tuple(lr.shape))
+            for _ in self.engine.encode_rows(lr[None]):
+                pass
 
     @torch.inference_mode()
     def __call__(self, lr: Tensor, size: tuple[int, int]) -> Restored:
         """`lr` (3, h, w) float RGB in [0, 1] on the model's device to SR of `size` (H, W)."""
         # Counts the model once: not on the clock.
         self.cost.log_costs((lr.shape[-2], lr.shape[-1]), size)
+        self._compile(lr)
         routing = self.routing
         if isinstance(routing, BudgetPlan):
             routing = routing.routing_for(self, lr, size)

@@ -23,6 +23,7 @@ class CompiledEncoder:
     """
 
     def __init__(self, network: SRNetwork, dtype: torch.dtype = torch.float32) -> None:
+        self.input_dtype = dtype
         fused = fused_copy(network).to(dtype)
         self._features = torch.compile(fused.features)
 

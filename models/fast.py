@@ -83,7 +83,7 @@ class FastEngine:
         self.run_px = run_px or RUN_PX * (1 if dtype == torch.float32 else 2)
 
     def encode(self, lr: Tensor) -> Tensor:
-        x = self.norm.normalise(lr).to(self.dtype)
+        x = self.norm.normalise(lr).to(self.encoder.input_dtype)
         return self.encoder(x.contiguous(memory_format=torch.channels_last))
 
     def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
@@ -94,7 +94,7 @@ class FastEngine:
         h, w = lr.shape[-2:]
         step = self._pushed_rows(h, w)
         for first in range(0, h, step):
-            x = self.norm.normalise(lr[:, :, first : first + step]).to(self.dtype)
+            x = self.norm.normalise(lr[:, :, first : first + step]).to(self.encoder.input_dtype)
             rows = stream.push(x.permute(0, 2, 3, 1).contiguous(), last=first + step >= h)
             if rows.shape[1]:
                 yield rows.permute(0, 3, 1, 2)

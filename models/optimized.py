@@ -24,5 +24,6 @@ class OptimizedOriginal:
     @torch.inference_mode()
     def __call__(self, lr: Tensor) -> Tensor:
         """(B, 3, h, w) float RGB in [0, 1] to (B, 3, scale h, scale w), not clamped."""
-        x = self.norm.normalise(lr).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return self.norm.denormalise(self.tail.reconstruct(self.features(x), x).float())
+        x = self.norm.normalise(lr).contiguous(memory_format=torch.channels_last)
+        feat = self.features(x.to(self.features.input_dtype))
+        return self.norm.denormalise(self.tail.reconstruct(feat, x.to(self.dtype)).float())

@@ -35,6 +35,11 @@ class RowStream(Protocol):
 class Encoder(Protocol):
     """A backbone prepared for inference."""
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What it takes; what it gives may be narrower."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor:
         """Normalised (B, 3, h, w) to features (B, C, h, w)."""
         ...

@@ -100,6 +100,21 @@ def test_benchmark_image(name, index, shared, original, pcsr, expected) -> None:
         assert_published(restored, sample, published[key])
 
 
+@pytest.mark.parametrize("key", ["k0", "adaptive"])
+def test_bf16_on_set5(key, shared, pcsr) -> None:
+    routing = ROUTINGS[key]
+    losses = []
+    for index in range(IMAGES["Set5"]):
+        sample = sample_of(shared, "Set5", index)
+        exact, rounded = (
+            PcsrRestorer(pcsr, routing, precision=word)(sample.lr, sample.size).sr
+            for word in ("fp32", "bf16")
+        )
+        qualities = [psnr(sr, sample.hr, psnr_type="rgb", border_px=4) for sr in (exact, rounded)]
+        losses.append(qualities[0] - qualities[1])
+    assert np.mean(losses) <= 0.01
+
+
 def test_bicubic_on_set5(shared) -> None:
     qualities = []
     for index in range(IMAGES["Set5"]):

@@ -53,6 +53,11 @@ class SRNetwork(nn.Module):
         if not no_upsampling:
             self.norm = DataNorm(data_norm, self.default_mean)
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What :meth:`features` takes."""
+        return next(self.parameters()).dtype
+
     def features(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) normalised to features (B, out_dim, h, w)."""
         raise NotImplementedError

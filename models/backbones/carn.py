@@ -137,7 +137,7 @@ class CARN(SRNetwork):
         return cascade(self.entry(x), [self.b1, self.b2, self.b3], [self.c1, self.c2, self.c3])
 
     def fused(self, dtype: torch.dtype = torch.float32) -> Encoder:
-        return FusedCarn(fused_copy(self).to(dtype))
+        return FusedCarn(fused_copy(self), dtype)
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
         return self.exit(self.upsample(feat))
