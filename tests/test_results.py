@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.results.lessons import cheapest, lessons_text
+from benchmarks.results.lessons import JUDGE, TOLERANCE_DB, cheapest
 from benchmarks.results.pages import CARD, README, replaced, texts
+from benchmarks.results.pictures import drawn_with, path_of
 from benchmarks.results.subjects import (
     LABELS,
-    ROOT,
     ROUTINGS,
     Subject,
     chosen,
@@ -19,7 +19,15 @@ from benchmarks.results.subjects import (
     routing_of,
     write_figures,
 )
-from benchmarks.results.tables import giga, measured_subjects, milliseconds, percent, table
+from benchmarks.results.tables import (
+    giga,
+    loss,
+    measured_subjects,
+    milliseconds,
+    percent,
+    row_of,
+    table,
+)
 from engine.rerouted import ReroutedImage, part_way
 from engine.restore import PcsrRestorer
 from models.routing import FixedRouting
@@ -36,12 +44,17 @@ def test_pages_are_rendered_from_the_figures() -> None:
 
 @pytest.mark.parametrize("subject", RELEASED, ids=lambda subject: subject.name)
 def test_figures_are_of_the_released_weights(subject: Subject) -> None:
-    content = read_json(subject.figures_path)
-    for key in ("original", "pcsr"):
-        if key in content:
-            weights = ROOT / content[key]["weights"]
-            found = hashlib.sha256(weights.read_bytes()).hexdigest()
-            assert found == content[key]["sha256"], f"{weights} has changed: run make results"
+    named = zip(("original", "pcsr"), subject.weights(None), strict=True)
+    released = {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in named if path}
+    for path, read in (
+        (subject.figures_path, read_json),
+        (subject.speed_path, read_json),
+        (path_of(subject), drawn_with),
+    ):
+        if path.is_file():
+            content = read(path)
+            found = {key: content.get(key, {}).get("sha256") for key in released}
+            assert found == released, f"{path} is of other weights: run make results"
 
 
 def test_a_part_of_a_page_is_replaced() -> None:
@@ -73,9 +86,13 @@ def test_figures_that_differ_by_rounding_are_written_alike(tmp_path) -> None:
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
 
 
-def test_lessons_choose_the_cheapest_good_routing() -> None:
-    assert lessons_text().startswith("# What the figures teach")
-    assert all(cheapest(subject) in ROUTINGS for subject in RELEASED)
+@pytest.mark.parametrize("subject", measured_subjects(), ids=lambda subject: subject.name)
+def test_lessons_choose_the_cheapest_good_routing(subject: Subject) -> None:
+    rows = {key: row_of(subject, JUDGE, key) for key in ROUTINGS}
+    chosen_flops = rows[cheapest(subject)]["flops_executed"]
+    good = [key for key in ROUTINGS if (loss(subject, JUDGE, key) or 0.0) <= TOLERANCE_DB]
+    assert cheapest(subject) in good
+    assert all(rows[key]["flops_executed"] >= chosen_flops for key in good)
 
 
 @pytest.mark.parametrize("key", ["k0", "adm", "way25", "heavy"])
