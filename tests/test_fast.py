@@ -197,7 +197,9 @@ def test_features_that_do_not_fit_are_computed_twice(monkeypatch: pytest.MonkeyP
 def test_compiled_encoder_is_the_encoder() -> None:
     model = make_model("fsrcnn")
     lr = torch.rand(1, 3, 9, 7)
-    assert isinstance(make_engine(model, compiled=True).encoder, CompiledEncoder)
+    engine = make_engine(model, compiled=True)
+    assert isinstance(engine, FastEngine)
+    assert isinstance(engine.encoder, CompiledEncoder)
     plain, compiled = (
         super_resolve(make_engine(model, compiled=word), lr, (36, 28), KRouting(0.0), (0.0, 0.7)).sr
         for word in (False, True)
