@@ -1,5 +1,6 @@
 """What the README prints works: its commands' words, its configs, its example backbone."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -30,22 +31,30 @@ def commands() -> list[list[str]]:
     return [w for w in words if w and w[0] in ("python", "./dist.sh")]
 
 
-SCRIPTS = sorted({words[1] for words in commands()})
+def program_of(words: list[str]) -> tuple[str, ...]:
+    """What a command runs: a script; or a module, and its sub-command where it has one."""
+    if words[1] != "-m":
+        return (words[1],)
+    return tuple(itertools.takewhile(lambda word: word == "-m" or word[0] != "-", words[1:]))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_commands_use_words_that_exist(script: str) -> None:
-    assert (ROOT / script).is_file()
-    shown = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+PROGRAMS = sorted({program_of(words) for words in commands()})
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
+def test_commands_use_words_that_exist(program: tuple[str, ...]) -> None:
+    run = subprocess.run(
+        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    shown = run.stdout
     launcher = {f"--{word}" for word in (*OWN_WORDS, *TORCHRUN_WORDS)}
     for words in commands():
-        if words[1] != script:
+        if program_of(words) != program:
             continue
-        for word in words[2:]:
+        for word in words[1 + len(program) :]:
             if word.startswith("--") and not (words[0] == "./dist.sh" and word in launcher):
-                assert re.search(rf"{word}\b", shown), f"{script} has no {word}"
+                assert re.search(rf"{word}\b", shown), f"{program} has no {word}"
             if word.startswith("configs/"):
                 assert (ROOT / word).is_file(), word
 
