@@ -108,8 +108,8 @@ def test_without_the_newest_checkpoint_the_one_before_goes_on(
 
 def test_killed_in_the_last_validation_it_is_made_up_for(pictures: Path, tmp_path: Path) -> None:
     data = raw_config("fsrcnn", pictures)["train_dataset"]["dataset"]
-    whole = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
-    valid = {"dataset": data, "wrapper": whole}
+    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    valid = {"dataset": data, "wrapper": wrapper}
     config = make_config("fsrcnn", pictures, iter_max=2, valid_dataset=valid)
     run(config, tmp_path)
     whole = (tmp_path / METRICS_NAME).read_text()
