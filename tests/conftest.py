@@ -63,6 +63,16 @@ def fresh_logging() -> Any:
         handler.close()
 
 
+@pytest.fixture(autouse=True)
+def levels_stay() -> Any:
+    """Benchmarks silence what they run; the next test is to hear it again."""
+    loggers = [logging.getLogger(), logging.getLogger("engine")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
 @pytest.fixture
 def phase0(pictures: Path, tmp_path: Path) -> Any:
     """Trains phase 0 of a kind where its phase 1 looks for it."""
