@@ -356,7 +356,11 @@ def test_time_is_measured_once_for_each_size(upsamplers, patches, monkeypatch) -
 
 
 def test_warming_up_knows_no_budget() -> None:
-    PcsrRestorer(make_model("carn"), Plan("0.0001")).warm_up(torch.rand(3, 9, 7), (36, 28))
+    restorer = PcsrRestorer(make_model("carn"), Plan("0.0001"))
+    lr = torch.rand(3, 9, 7)
+    restorer.warm_up(lr, (36, 28))
+    with pytest.raises(UserError, match="too little"):
+        restorer(lr, (36, 28))
 
 
 # Official weights
