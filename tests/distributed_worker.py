@@ -10,6 +10,8 @@ import runpy
 import signal
 import sys
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from tests.training import KEYS, KINDS, make_config, raw_config, run
 from utils.checkpoint import LAST_NAME
 from utils.cli import run as run_script
 from utils.config import check_config
-from utils.distributed import World, restarts, world
+from utils.distributed import World, gather_objects, restarts, world
 from utils.log import set_up
 
 
@@ -62,6 +64,19 @@ def signalled_rank(folder: Path, current: World) -> int:
         _at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     config = make_config("fsrcnn", folder / "pictures", iter_max=1000)
     return run(config, folder / "signalled-run", current)
+
+
+def late_rank(folder: Path) -> int:
+    """Rank 1 dies once all have met; started again, it comes when rank 0 has long been looking."""
+    late = os.environ["RANK"] == "1"
+    if late and restarts():
+        time.sleep(2)
+    with world("cpu", patience=timedelta(seconds=20)) as current:
+        gather_objects(current.rank)
+        if late and not restarts():
+            _kill(folder / "killed")
+        gather_objects(current.rank)
+    return 0
 
 
 def scripts(folder: Path) -> int:
@@ -110,10 +125,13 @@ JOBS = {job.__name__: job for job in (every_kind, damaged_picture, killed_rank, 
 
 def main() -> int:
     """Join the group and do the job."""
-    threading.Timer(240, lambda: os._exit(99)).start()  # never outlive the test
+    deadline = threading.Timer(240, lambda: os._exit(99))  # never outlive the test
+    deadline.daemon = True
+    deadline.start()
     torch.set_num_threads(1)
-    if sys.argv[1] == scripts.__name__:
-        return scripts(Path(sys.argv[2]))
+    for job in (scripts, late_rank):
+        if sys.argv[1] == job.__name__:
+            return job(Path(sys.argv[2]))
     with world("cpu") as current:
         set_up(main=current.is_main)
         return JOBS[sys.argv[1]](Path(sys.argv[2]), current)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import launch, lines, start
+from tests.processes import free_port, launch, lines, start
 from tests.training import (
     KEYS,
     KINDS,
@@ -92,6 +92,19 @@ def test_a_killed_rank_starts_all_again_until_that_is_enough(tmp_path: Path) -> 
     run(config, tmp_path / "undisturbed")
     one, two = (checkpoint_of(tmp_path / name) for name in ("undisturbed", "killed-run"))
     assert not differences(one, two)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["free port", "given port"])
+def test_processes_that_start_again_do_not_look_for_those_before(
+    static: bool, tmp_path: Path
+) -> None:
+    """torchrun 2.13 keeps the store, in which the addresses of the dead ones still stand."""
+    words = ["--nproc=2", "--max-restarts=1"]
+    if static:
+        words += ["--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    ended = launch(*words, WORKER, "late_rank", str(tmp_path))
+    assert (tmp_path / "killed").exists()
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:

@@ -229,6 +229,9 @@ def test_the_process_that_failed_first_is_found_among_those_it_took_along() -> N
     assert launch.find_culprit({0: -15, 1: -9}) == 1
     assert launch.find_culprit({0: 2, 1: 2}) == 0
     assert launch.find_culprit({0: 143, 1: 143}) == 0
+    assert launch.find_culprit({0: 75, 1: -9}) == 1
+    assert launch.find_culprit({0: 75, 1: 143, 2: 2}) == 2
+    assert launch.find_culprit({0: 143, 1: 75}) == 1
 
 
 def dist(*words: str) -> subprocess.CompletedProcess[str]:

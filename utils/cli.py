@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from utils.errors import UserError
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR = UserError.exit_code
 EXIT_INTERRUPTED = 130
 
 
@@ -51,7 +51,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if os.environ.get("PCSR_TRACEBACK"):
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(getattr(error, "exit_code", EXIT_USER_ERROR))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from utils.cli import EXIT_USER_ERROR, one_line
 from utils.device import pick_device
-from utils.errors import UserError
+from utils.errors import LostConnectionError, UserError
 from utils.launch import LAUNCH_TIME
 
 T = TypeVar("T")
@@ -61,8 +61,8 @@ def world(
         patience: how long a process waits for another that lives but does not answer.
 
     Raises:
-        UserError: the device does not exist, there are more local processes than GPUs, or, from
-            the body, another process of the group has ended.
+        UserError: the device does not exist, or there are more local processes than GPUs.
+        LostConnectionError: from the body: another process of the group has ended.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if restarts() and os.environ.get("RANK") == "0":
@@ -78,17 +78,29 @@ def world(
     elif device.type != "cpu":
         raise UserError(f"several processes on `{device.type}` are not supported: use --nproc 1")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=patience)
+    rank = int(os.environ["RANK"])
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        _join(backend, patience)
+        yield World(rank, size, device)
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        raise UserError(
-            f"process {dist.get_rank()} lost the connection: another process of this run has ended"
+        raise LostConnectionError(
+            f"process {rank} lost the connection: another process of this run has ended"
         ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(backend: str, patience: timedelta) -> None:
+    """Join the group. torchrun keeps one store for all its starts, with their old addresses."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=patience)
+        return
+    shared, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    store = dist.PrefixStore(f"start-{restarts()}", shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from utils.cli import run
-from utils.errors import UserError
+from utils.errors import LostConnectionError, UserError
 
 HELP = """usage: ./dist.sh [words] SCRIPT [the script's arguments and words]
 
@@ -41,7 +41,8 @@ words, anywhere on the line (--max-restarts is --max_restarts):
                       ends all. (Mistakes of yours are tried again, too.)
   --                  what follows belongs to the script, whatever it looks like.
 
-exit code: the script's own; 128 + N where signal N ended it.
+exit code: the script's own; 128 + N where signal N ended it; 75 where all that this machine knows
+is that a process on another one has ended.
 
 examples:
   ./dist.sh train.py --config configs/carn-x4.yaml --gpu 0
@@ -217,12 +218,18 @@ def _exit_code(code: int) -> int:
 
 
 def find_culprit(codes: Mapping[int, int]) -> int:
-    """The process that failed first, from exit codes by local rank in the order of failing.
+    """The process that failed first, from exit codes by local rank.
 
-    Those that were ended because of it, by signal, may stand before it.
+    Processes that ended together stand in the order of their ranks, so that those which lost
+    their connection to it, or were ended because of it by signal, may stand before it.
     """
-    others = {-number for number in ENDING} | {128 + number for number in ENDING}
-    return next((rank for rank, code in codes.items() if code not in others), next(iter(codes)))
+    ended = {-number for number in ENDING} | {128 + number for number in ENDING}
+    lost = {LostConnectionError.exit_code}
+    for others in (ended | lost, ended):
+        for rank, code in codes.items():
+            if code not in others:
+                return rank
+    return next(iter(codes))
 
 
 def _explain(culprit: int, codes: Mapping[int, int], logs: Path) -> None:
@@ -263,6 +270,8 @@ def main() -> int:
         run_alone(request)
     os.environ["OMP_NUM_THREADS"] = share_out_cores(os.environ, processes)
     os.environ[LAUNCH_TIME] = str(time.time())
+    # Machines count their restarts each for itself, so that they cannot name a part of one store.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     return run_many(request, processes)
 
 
