@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import models
 from engine.budget import BudgetPlan
-from models import inference, kernels
+from models import inference, kernels, native
 from models.backbones.base import SRNetwork
 from models.compiled import CompiledEncoder
 from models.cost import ImageCost
@@ -28,6 +28,7 @@ from models.inference import (
     super_resolve,
     super_resolve_patches,
 )
+from models.native_engine import NativeEngine
 from models.pcsr import PCSR
 from models.reference import PIXEL_BATCH_SIZE, ReferenceEngine
 from models.routing import KRouting, Routing
@@ -285,6 +286,11 @@ def make_engine(
 
         try:
             return FusedEngine(model, dtype=dtype, encoder=encoder)
+        except UserError as error:
+            _log.warning("%s; plain torch is used instead", error)
+    if device.type == "cpu" and (library := native.library()) is not None:
+        try:
+            return NativeEngine(library, model, dtype=dtype, encoder=encoder)
         except UserError as error:
             _log.warning("%s; plain torch is used instead", error)
     return FastEngine(model, chunk_px=pixel_batch_size, dtype=dtype, encoder=encoder)

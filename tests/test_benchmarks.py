@@ -251,3 +251,28 @@ def test_share_routing_takes_the_largest_margins() -> None:
     classes = ShareRouting(0.2).classes(margins, (-1.0, -0.5))
     assert classes.sum() == 120
     assert margins[0, 0][classes[0] == 1].min() > margins[0, 0][classes[0] == 0].max()
+
+
+def test_budgets_in_milliseconds(
+    weights: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "rows.json"
+    given = next(word for word in weights if word.startswith("--weights="))
+    words = [given, "--backbone=fsrcnn", "--lr_size", "48", "64", "--rounds=2", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["budgets.py", *words, f"--json={path}"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / "benchmarks" / "budgets.py"), run_name="__main__")
+    rows = json.loads(path.read_text())
+    assert [len(row["times_s"]) for row in rows] == [2] * 4
+    budgets = [row["budget_s"] for row in rows]
+    assert budgets == sorted(budgets) and budgets[0] > 0
+    assert all(0 <= row["heavy_share"] <= 1 for row in rows)
+    off = [abs(each / row["budget_s"] - 1) for row in rows for each in row["times_s"]]
+    average = sum(off) / len(off)
+    assert f"off by {average:.1%} on average" in capsys.readouterr().out
+    # On a busy machine they may be missed; what is said of it must be so.
+    assert ended.value.code == (0 if average <= 0.10 else 1)

@@ -7,10 +7,12 @@ import torch
 
 import models
 from engine.restore import make_engine
+from models import native
 from models.backbones.base import SRNetwork
 from models.compiled import CompiledEncoder
 from models.fast import FastEngine
-from models.inference import super_resolve, super_resolve_patches
+from models.inference import Engine, super_resolve, super_resolve_patches
+from models.native_engine import NativeEngine
 from models.optimized import OptimizedOriginal
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
@@ -68,18 +70,18 @@ def grid_of(lr: torch.Tensor, size: tuple[int, int]) -> models.pcsr.PixelGrid:
 
 
 def check_equal(model: PCSR, lr: torch.Tensor, size: tuple[int, int], routing: Routing) -> None:
-    """Both engines: same classes, counts and picture."""
+    """All engines: same classes, counts and picture."""
     log_costs = PcsrCost.of(model).log_costs((lr.shape[-2], lr.shape[-1]), size)
     # Small blocks, so that these small images have many.
-    fast_engine = FastEngine(model, block_px=40, chunk_px=60, run_px=15)
-    results = [
-        super_resolve(engine, lr, size, routing, log_costs)
-        for engine in (ReferenceEngine(model), fast_engine)
-    ]
-    reference, fast = results
-    assert torch.equal(fast.classes, reference.classes)
-    assert fast.pixel_counts == reference.pixel_counts
-    torch.testing.assert_close(fast.sr, reference.sr, rtol=0, atol=1e-5)
+    engines: list[Engine] = [FastEngine(model, block_px=40, chunk_px=60, run_px=15)]
+    if (library := native.library()) is not None:
+        engines.append(NativeEngine(library, model, run_px=15))
+    reference = super_resolve(ReferenceEngine(model), lr, size, routing, log_costs)
+    for engine in engines:
+        fast = super_resolve(engine, lr, size, routing, log_costs)
+        assert torch.equal(fast.classes, reference.classes)
+        assert fast.pixel_counts == reference.pixel_counts
+        torch.testing.assert_close(fast.sr, reference.sr, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backbone", sorted(BACKBONES))

@@ -41,6 +41,8 @@ def set_up(*, main: bool = True) -> None:
     console.setLevel(logging.INFO if main else logging.ERROR)
     root.addHandler(console)
     root.setLevel(logging.INFO)
+    # Where it is first used, it says that it has made a list of fonts.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 
 def add_file(path: Path) -> None:

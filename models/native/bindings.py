@@ -1,0 +1,218 @@
+"""The compiled kernels as Python sees them: structures, weights in the order they are read, calls.
+
+Axes: C channels, D width of the first layer, O outputs, h w LR, H W output, P terms.
+"""
+
+import ctypes
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.grid import PixelGrid
+from models.sampler import LIIFSampler
+from utils.errors import UserError
+
+_INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (("inputs", _INT), ("outputs", _INT), ("weight", _POINTER), ("bias", _POINTER))
+
+
+class _Mlp(ctypes.Structure):
+    _fields_ = (
+        *(("layers", _INT), ("term_count", _INT)),
+        *(("layer", ctypes.POINTER(_Layer)), ("terms", _POINTER), ("rows", _POINTER)),
+    )
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("h", "w", "channels", "H", "W", "scale")),
+        *((name, _POINTER) for name in ("feat", "first_out", "nearest")),
+        *(("mlps", _INT), ("mlp", ctypes.POINTER(_Mlp))),
+        *((name, _POINTER) for name in ("classes", "out", "gain")),
+        *(("next", _INT), ("out_of_memory", _INT), ("macs", ctypes.c_int64)),
+    )
+
+
+@dataclass(frozen=True)
+class NativeMLP:
+    """A sampler's weights in the order that the kernels read them, float32.
+
+    ``W1 [f; rel; cell] + b1 = Wf f + wy rel_y + wx rel_x + (Wc cell + b1)``; see `models.sampler`.
+
+    Attributes:
+        layers: (weights in tiles, bias) of each layer; the first is Wf and has no bias.
+        widths: of the features, of each hidden layer, and O.
+        geometry_4D: the columns of W1 for rel_y, rel_x, cell_y, cell_x.
+        bias_D: b1.
+    """
+
+    layers: list[tuple[Tensor, Tensor | None]]
+    widths: list[int]
+    geometry_4D: Tensor
+    bias_D: Tensor
+
+    @classmethod
+    def pack(cls, sampler: LIIFSampler, tile: int, *, margins: bool = False) -> "NativeMLP":
+        """Pack a sampler's weights.
+
+        Args:
+            tile: the most outputs that are computed at once.
+            margins: give each output relative to the first one, which is left out.
+        """
+        pairs = [(layer.weight.detach(), layer.bias.detach()) for layer in sampler.imnet.linears]
+        if margins:
+            weight, bias = pairs[-1]
+            pairs[-1] = weight[1:] - weight[:1], bias[1:] - bias[:1]
+        (first, first_bias), *rest = [(w.float(), b.float()) for w, b in pairs]
+        channels = sampler.in_dim
+        layers: list[tuple[Tensor, Tensor | None]] = [(_in_tiles(first[:, :channels], tile), None)]
+        layers += [(_in_tiles(weight, tile), bias.contiguous()) for weight, bias in rest]
+        widths = [channels, len(first), *(len(weight) for weight, _ in rest)]
+        geometry_4D = first[:, channels:].t().contiguous()
+        return cls(layers, widths, geometry_4D, first_bias.contiguous())
+
+    @property
+    def out_dim(self) -> int:
+        """O, the number of outputs."""
+        return self.widths[-1]
+
+    def flops(self, lr_pixels: int, pixels: int) -> int:
+        """Executed FLOPs: the first layer on LR pixels, the others on output pixels."""
+        first, *rest = (a * b for a, b in itertools.pairwise(self.widths))
+        return 2 * (lr_pixels * first + pixels * sum(rest))
+
+    def terms(self, grid: PixelGrid) -> tuple[Tensor, Tensor | None]:
+        """What position adds to the first layer.
+
+        Returns:
+            at an integer scale (D, scale * scale), by phase, and None; else the columns' part
+            (D, W) and the rows' (H, D), which holds the constant.
+        """
+        rel_y, rel_x, cell_y, cell_x = self.geometry_4D
+        constant_D = self.bias_D + cell_y * grid.rows.cell + cell_x * grid.cols.cell
+        rows_HD = grid.rows.rel[:, None] * rel_y + constant_D
+        cols_DW = rel_x[:, None] * grid.cols.rel
+        scale = grid.integer_scale
+        if scale is None:
+            return cols_DW.contiguous(), rows_HD.contiguous()
+        phases_DSS = rows_HD[:scale].t()[:, :, None] + cols_DW[:, None, :scale]
+        return phases_DSS.flatten(1).contiguous(), None
+
+
+def _in_tiles(weight_OI: Tensor, tile: int) -> Tensor:
+    """Rows in groups of about equal size, at most `tile`; of each group (inputs, rows)."""
+    outputs = len(weight_OI)
+    count = -(-outputs // tile)
+    ends = [t * outputs // count for t in range(count + 1)]
+    groups = [weight_OI[a:b].t().flatten() for a, b in itertools.pairwise(ends)]
+    return torch.cat(groups)
+
+
+class Library:
+    """The compiled kernels.
+
+    Args:
+        path: see `models.native.compiler`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self.tile = int(self._library.pcsr_tile())
+            self._work = self._library.pcsr_work
+        except (OSError, AttributeError) as error:
+            raise UserError(f"CPU kernels: {path} cannot be loaded ({error})") from error
+        self._work.argtypes = (_POINTER,)
+        self._work.restype = None
+        # The threads that torch uses, too: others would have to share the cores with these, which
+        # go on waiting for work for a while.
+        self._parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+
+    def apply(
+        self,
+        mlps: Sequence[NativeMLP],
+        feat_hwC: Tensor,
+        grid: PixelGrid,
+        out_OHW: Tensor,
+        *,
+        classes_HW: Tensor | None = None,
+        gain_O: Tensor | None = None,
+    ) -> int:
+        """Every output pixel through an MLP; returns the executed FLOPs.
+
+        Args:
+            mlps: one, or with `classes_HW` one per class.
+            feat_hwC: float32, contiguous.
+            grid: of these LR rows.
+            out_OHW: float32, contiguous; overwritten, or with `classes_HW` added to.
+            classes_HW: uint8, contiguous: each pixel's MLP.
+            gain_O: factor of what is added.
+        """
+        h, w, channels = feat_hwC.shape
+        H, W = grid.out_size
+        keep: list[object] = []
+
+        def address(tensor: Tensor | None) -> int | None:
+            if tensor is None:
+                return None
+            assert tensor.is_contiguous() and tensor.device.type == "cpu"
+            keep.append(tensor)
+            return tensor.data_ptr()
+
+        structures = (_Mlp * len(mlps))(*(_mlp(mlp, grid, address) for mlp in mlps))
+        first_out = torch.searchsorted(grid.rows.nearest, torch.arange(h + 1), out_int32=True)
+        job = _Job(
+            h=h,
+            w=w,
+            channels=channels,
+            H=H,
+            W=W,
+            scale=grid.integer_scale or 0,
+            feat=address(feat_hwC),
+            first_out=address(first_out),
+            nearest=address(grid.cols.nearest.int()),
+            mlps=len(mlps),
+            mlp=structures,
+            classes=address(classes_HW),
+            out=address(out_OHW),
+            gain=address(gain_O),
+        )
+        self._run(job, min(torch.get_num_threads(), h))
+        if job.out_of_memory:
+            raise MemoryError("CPU kernels: out of memory")
+        return 2 * int(job.macs)
+
+    def _run(self, job: _Job, threads: int) -> None:
+        pointer = ctypes.byref(job)
+        if threads <= 1:
+            self._work(pointer)
+        elif self._parallel is not None:
+            work = ctypes.cast(self._work, _POINTER)
+            self._parallel(work, pointer, ctypes.c_uint(threads), ctypes.c_uint(0))
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda _: self._work(pointer), range(threads)))
+
+
+def _mlp(mlp: NativeMLP, grid: PixelGrid, address: Callable[[Tensor | None], int | None]) -> _Mlp:
+    terms, rows = mlp.terms(grid)
+    layers = (_Layer * len(mlp.layers))(
+        *(
+            _Layer(inputs, outputs, address(weight), address(bias))
+            for (weight, bias), (inputs, outputs) in zip(
+                mlp.layers, itertools.pairwise(mlp.widths), strict=True
+            )
+        )
+    )
+    return _Mlp(len(mlp.layers), terms.shape[1], layers, address(terms), address(rows))

@@ -1,0 +1,326 @@
+/* Pixel-level MLPs on a CPU: first layer, position, all layers and the scatter in one pass.
+ *
+ * One task is one LR row: its features are transposed to channels by pixels, the first layer's
+ * product is computed on them, and then the output pixels go through the other layers in groups
+ * that fit the vector registers, with activations that never leave the first-level cache. A product
+ * is a tile of T outputs by V vectors of pixels, held in registers; the weights of a tile lie in the
+ * order in which it reads them. No array of the output's size is made, and nothing is gathered
+ * where all pixels of a row are computed.
+ *
+ * Axes: C channels, D width of the first layer, O outputs, h w LR, H W output, P terms.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { VECTOR_BYTES = 64, VECTORS = 2, TILE = 12 }; /* 24 of 32 registers hold sums */
+#elif defined(__AVX__)
+enum { VECTOR_BYTES = 32, VECTORS = 2, TILE = 6 }; /* 12 of 16 */
+#elif defined(__aarch64__)
+enum { VECTOR_BYTES = 16, VECTORS = 4, TILE = 6 }; /* 24 of 32 */
+#else
+enum { VECTOR_BYTES = 16, VECTORS = 2, TILE = 6 };
+#endif
+enum { LANES = VECTOR_BYTES / 4, GROUP = LANES * VECTORS };
+/* LR pixels of a row at once, a multiple of GROUP; and what their arrays are wide: columns of a
+ * width that is a power of two would share a few sets of the cache. */
+enum { SEGMENT = 256, STRIDE = SEGMENT + GROUP };
+
+typedef float vec __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
+typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
+
+typedef struct {
+    int32_t inputs, outputs;
+    const float *weight; /* tiles of `tiles(outputs)`; of each, inputs by its outputs */
+    const float *bias;   /* (outputs,) or null */
+} Layer;
+
+/* What position adds to the first layer is a column of `terms` (D, P), and where `rows` is not
+ * null also a row of `rows` (H, D). */
+typedef struct {
+    int32_t layers, term_count;
+    const Layer *layer;
+    const float *terms, *rows;
+} Mlp;
+
+typedef struct {
+    int32_t h, w, channels, H, W;
+    int32_t scale;            /* where it is an integer, the same on both axes; else 0 */
+    const float *feat;        /* (h, w, C) */
+    const int32_t *first_out; /* (h + 1,) output rows of LR row r: first_out[r] to first_out[r+1] */
+    const int32_t *nearest;   /* (W,) LR column */
+    int32_t mlps;             /* light to heavy; to classify, one */
+    const Mlp *mlp;
+    const uint8_t *classes;   /* (H, W); null to classify */
+    float *out;               /* (O, H, W): overwritten to classify, added to otherwise */
+    const float *gain;        /* (O,) factor of what is added */
+    int32_t next;             /* the next LR row that no thread has taken */
+    int32_t out_of_memory;
+    int64_t macs;             /* multiply-adds that were executed */
+} Job;
+
+/* Where an output pixel of a group lies. */
+typedef struct {
+    int32_t source; /* LR column, from the segment's first */
+    int32_t term;
+    int32_t pixel; /* H W, row-major */
+} Pixel;
+
+typedef struct {
+    float *feat;  /* (C, STRIDE) */
+    float *first; /* (D, STRIDE) */
+    float *x, *y; /* (widest, GROUP) */
+    Pixel *pixels;
+    int64_t macs;
+} Scratch;
+
+int32_t pcsr_tile(void) { return TILE; }
+
+static inline int32_t tiles(int32_t outputs) { return (outputs + TILE - 1) / TILE; }
+
+static inline vec relu(vec v) {
+    /* nan is not below zero and stays. */
+    return (vec)((ivec)v & ~(ivec)(v < (vec){0}));
+}
+
+static inline __attribute__((always_inline)) void tile(
+    const int count, const float *weight, const float *bias, int32_t inputs, const float *x,
+    int32_t x_stride, float *y, int32_t y_stride, int with_relu) {
+    vec sum[TILE][VECTORS];
+    for (int o = 0; o < count; o++)
+        for (int n = 0; n < VECTORS; n++) sum[o][n] = (vec){0} + (bias ? bias[o] : 0.0f);
+    for (int32_t c = 0; c < inputs; c++, x += x_stride, weight += count) {
+        vec in[VECTORS];
+        for (int n = 0; n < VECTORS; n++) in[n] = *(const vec *)(x + n * LANES);
+        for (int o = 0; o < count; o++)
+            for (int n = 0; n < VECTORS; n++) sum[o][n] += weight[o] * in[n];
+    }
+    for (int o = 0; o < count; o++)
+        for (int n = 0; n < VECTORS; n++)
+            *(vec *)(y + o * y_stride + n * LANES) = with_relu ? relu(sum[o][n]) : sum[o][n];
+}
+
+/* A layer on GROUP pixels: (inputs, GROUP) to (outputs, GROUP), at the given strides. */
+static void apply(const Layer *layer, const float *x, int32_t x_stride, float *y,
+                  int32_t y_stride, int with_relu) {
+    const int32_t outputs = layer->outputs, count = tiles(outputs), inputs = layer->inputs;
+    const float *weight = layer->weight;
+    for (int32_t t = 0; t < count; t++) {
+        const int32_t first = t * outputs / count, size = (t + 1) * outputs / count - first;
+        const float *bias = layer->bias ? layer->bias + first : NULL;
+        float *to = y + (int64_t)first * y_stride;
+#define CASE(N) \
+    case N: \
+        if (N <= TILE) tile(N, weight, bias, inputs, x, x_stride, to, y_stride, with_relu); \
+        break;
+        switch (size) {
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if defined(__AVX512F__)
+            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+        }
+#undef CASE
+        weight += (int64_t)size * inputs;
+    }
+}
+
+/* The layers behind the first on a group; returns where their outputs (O, GROUP) are. */
+static const float *finish(const Mlp *mlp, Scratch *s) {
+    float *x = s->x, *y = s->y;
+    for (int32_t l = 1; l < mlp->layers; l++) {
+        apply(&mlp->layer[l], x, GROUP, y, GROUP, l + 1 < mlp->layers);
+        float *swap = x;
+        x = y;
+        y = swap;
+    }
+    return x;
+}
+
+static void count_macs(const Mlp *mlp, int32_t first, int64_t pixels, Scratch *s) {
+    for (int32_t l = first; l < (first ? mlp->layers : 1); l++)
+        s->macs += pixels * mlp->layer[l].inputs * mlp->layer[l].outputs;
+}
+
+static void store(const Job *job, const float *y, int32_t outputs, const Pixel *pixels,
+                  int32_t count) {
+    const int64_t plane = (int64_t)job->H * job->W;
+    for (int32_t o = 0; o < outputs; o++) {
+        float *out = job->out + o * plane;
+        const float *from = y + o * GROUP;
+        if (job->classes) {
+            const float gain = job->gain[o];
+            for (int32_t i = 0; i < count; i++) out[pixels[i].pixel] += gain * from[i];
+        } else {
+            for (int32_t i = 0; i < count; i++) out[pixels[i].pixel] = from[i];
+        }
+    }
+}
+
+/* Any pixels of a segment, in groups. */
+static void scattered(const Job *job, const Mlp *mlp, int32_t row, int32_t count, Scratch *s) {
+    const int32_t width = mlp->layer[0].outputs, terms = mlp->term_count;
+    const int32_t outputs = mlp->layer[mlp->layers - 1].outputs;
+    const float *of_row = mlp->rows ? mlp->rows + (int64_t)row * width : NULL;
+    count_macs(mlp, 1, count, s);
+    for (int32_t first = 0; first < count; first += GROUP) {
+        const int32_t used = count - first < GROUP ? count - first : GROUP;
+        const Pixel *pixels = s->pixels + first;
+        int32_t source[GROUP], term[GROUP];
+        for (int32_t i = 0; i < GROUP; i++) {
+            const Pixel *pixel = &pixels[i < used ? i : used - 1];
+            source[i] = pixel->source;
+            term[i] = pixel->term;
+        }
+        for (int32_t d = 0; d < width; d++) {
+            const float *of_lr = s->first + d * STRIDE, *of_term = mlp->terms + (int64_t)d * terms;
+            const float constant = of_row ? of_row[d] : 0.0f;
+            float *x = s->x + d * GROUP;
+            for (int32_t i = 0; i < GROUP; i++)
+                x[i] = of_lr[source[i]] + (of_term[term[i]] + constant);
+            if (mlp->layers > 1)
+                for (int32_t n = 0; n < VECTORS; n++)
+                    *(vec *)(x + n * LANES) = relu(*(vec *)(x + n * LANES));
+        }
+        store(job, finish(mlp, s), outputs, pixels, used);
+    }
+}
+
+/* All pixels of a segment at an integer scale, phase by phase: LR pixels are lanes. */
+static void phases(const Job *job, const Mlp *mlp, int32_t r, int32_t q0, int32_t count,
+                   Scratch *s) {
+    const int32_t scale = job->scale, width = mlp->layer[0].outputs;
+    const int32_t outputs = mlp->layer[mlp->layers - 1].outputs;
+    const int64_t plane = (int64_t)job->H * job->W;
+    count_macs(mlp, 1, (int64_t)count * scale * scale, s);
+    for (int32_t phase = 0; phase < scale * scale; phase++) {
+        const int32_t row = r * scale + phase / scale, column = phase % scale;
+        for (int32_t q = 0; q < count; q += GROUP) {
+            for (int32_t d = 0; d < width; d++) {
+                const float term = mlp->terms[(int64_t)d * scale * scale + phase];
+                const vec *from = (const vec *)(s->first + d * STRIDE + q);
+                vec *x = (vec *)(s->x + d * GROUP);
+                for (int32_t n = 0; n < VECTORS; n++)
+                    x[n] = mlp->layers > 1 ? relu(from[n] + term) : from[n] + term;
+            }
+            const float *y = finish(mlp, s);
+            const int32_t used = count - q < GROUP ? count - q : GROUP;
+            const int64_t at = (int64_t)row * job->W + (int64_t)(q0 + q) * scale + column;
+            for (int32_t o = 0; o < outputs; o++) {
+                float *out = job->out + o * plane + at;
+                const float *from = y + o * GROUP;
+                if (job->classes) {
+                    const uint8_t *classes = job->classes + at;
+                    const float gain = job->gain[o];
+                    for (int32_t i = 0; i < used; i++)
+                        if (classes[i * scale] == 0) out[i * scale] += gain * from[i];
+                } else {
+                    for (int32_t i = 0; i < used; i++) out[i * scale] = from[i];
+                }
+            }
+        }
+    }
+}
+
+/* LR columns q0 to q0 + count of a row as (C, STRIDE). */
+static void transpose(const Job *job, int32_t r, int32_t q0, int32_t count, float *to) {
+    const int32_t channels = job->channels;
+    const float *from = job->feat + ((int64_t)r * job->w + q0) * channels;
+    for (int32_t q = 0; q < count; q++)
+        for (int32_t c = 0; c < channels; c++) to[c * STRIDE + q] = from[(int64_t)q * channels + c];
+    const int32_t full = (count + GROUP - 1) / GROUP * GROUP;
+    for (int32_t c = 0; c < channels; c++)
+        for (int32_t q = count; q < full; q++) to[c * STRIDE + q] = 0.0f;
+}
+
+/* The pixels of class `wanted` (any where negative) in one output row of a segment, from X on. */
+static int32_t list_pixels(const Job *job, int32_t row, int32_t X, int32_t q0, int32_t q1,
+                           int wanted, int32_t first_row, Pixel *pixels) {
+    const uint8_t *classes = job->classes ? job->classes + (int64_t)row * job->W : NULL;
+    const int32_t scale = job->scale;
+    int32_t count = 0;
+    for (; X < job->W && job->nearest[X] < q1; X++) {
+        if (wanted >= 0 && classes[X] != wanted) continue;
+        const int32_t q = job->nearest[X];
+        pixels[count].source = q - q0;
+        pixels[count].term = scale ? (row - first_row) * scale + X - q * scale : X;
+        pixels[count].pixel = row * job->W + X;
+        count++;
+    }
+    return count;
+}
+
+static int occurs(const Job *job, int32_t first, int32_t last, int wanted) {
+    const size_t size = (size_t)(last - first) * job->W;
+    return size && memchr(job->classes + (int64_t)first * job->W, wanted, size) != NULL;
+}
+
+/* One MLP on its pixels of an LR row: on all of them as the lightest or the classifier. */
+static void run_row(const Job *job, int32_t r, int32_t j, Scratch *s) {
+    const Mlp *mlp = &job->mlp[j];
+    const int32_t first = job->first_out[r], last = job->first_out[r + 1];
+    if (first == last || (job->classes && !occurs(job, first, last, j))) return;
+    for (int32_t q0 = 0, X = 0; q0 < job->w; q0 += SEGMENT) {
+        const int32_t count = job->w - q0 < SEGMENT ? job->w - q0 : SEGMENT;
+        transpose(job, r, q0, count, s->feat);
+        for (int32_t q = 0; q < count; q += GROUP)
+            apply(&mlp->layer[0], s->feat + q, STRIDE, s->first + q, STRIDE, 0);
+        count_macs(mlp, 0, count, s);
+        if (job->scale && j == 0) {
+            phases(job, mlp, r, q0, count, s);
+            continue;
+        }
+        const int wanted = job->classes ? j : -1;
+        int32_t listed = 0;
+        for (int32_t row = first; row < last; row++) {
+            listed += list_pixels(job, row, X, q0, q0 + count, wanted, first, s->pixels + listed);
+            if (!job->scale || row + 1 == last) {
+                scattered(job, mlp, row, listed, s);
+                listed = 0;
+            }
+        }
+        while (X < job->W && job->nearest[X] < q0 + count) X++;
+    }
+}
+
+static void *allocate(size_t bytes) {
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+
+static int32_t widest(const Job *job) {
+    int32_t most = 1;
+    for (int32_t j = 0; j < job->mlps; j++)
+        for (int32_t l = 0; l < job->mlp[j].layers; l++)
+            if (job->mlp[j].layer[l].outputs > most) most = job->mlp[j].layer[l].outputs;
+    return most;
+}
+
+/* Works on LR rows until all are taken: to be called by each thread. */
+void pcsr_work(void *argument) {
+    Job *job = argument;
+    const size_t width = widest(job);
+    const size_t most = (size_t)job->W * (job->scale ? job->scale : 1);
+    Scratch s = {
+        .feat = allocate(sizeof(float) * job->channels * STRIDE),
+        .first = allocate(sizeof(float) * width * STRIDE),
+        .x = allocate(sizeof(float) * width * GROUP),
+        .y = allocate(sizeof(float) * width * GROUP),
+        .pixels = allocate(sizeof(Pixel) * most),
+    };
+    if (s.feat && s.first && s.x && s.y && s.pixels) {
+        for (;;) {
+            const int32_t r = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+            if (r >= job->h) break;
+            for (int32_t j = 0; j < job->mlps; j++) run_row(job, r, j, &s);
+        }
+        __atomic_fetch_add(&job->macs, s.macs, __ATOMIC_RELAXED);
+    } else {
+        job->out_of_memory = 1;
+    }
+    free(s.feat);
+    free(s.first);
+    free(s.x);
+    free(s.y);
+    free(s.pixels);
+}
