@@ -115,6 +115,17 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
     assert (tmp_path / "signalled-run" / LAST_NAME).is_file()
 
 
+def test_waiting_for_another_rank_is_not_waiting_for_data(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures")
+    ended = start("slow_data", tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    own, other = (
+        [row["data_share"] for row in metrics_of(tmp_path / f"slow-{rank}")] for rank in range(2)
+    )
+    # Where it is the other's that is slow, rank 0 waits as long, but for the other.
+    assert min(own) > 0.5 and max(other) < 0.25, (own, other)
+
+
 def test_one_process_needs_no_group() -> None:
     def fail() -> None:
         raise FileNotFoundError("x")
