@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -124,9 +125,11 @@ class Trainer:
             seed=start.seed,
             last=self.checkpoints.last_path,
         )
-        self.batches = train_batches(
+        batches = train_batches(
             data, seed=start.seed, start=start.iteration, stop=config.iter_max, world=self.world
         )
+        self.batches: Iterator[Batch] = batches
+        self.skipped = batches.skipped
         self.validation: list[tuple[float, Dataset]] = []
         if config.valid_dataset is not None:
             self.validation = validation_sets(config.valid_dataset)
@@ -196,9 +199,16 @@ class Trainer:
         limit_s = self.config.iter_save_s
         # Rank 0 writes, so its clock counts.
         overdue = limit_s is not None and time.monotonic() - self._saved_at >= limit_s
-        failed, signal_number, saving = max_over_ranks(
-            [int(problem is not None), signal_number, int(overdue and self.world.is_main)]
+        failed, signal_number, saving, has_skipped = max_over_ranks(
+            [
+                int(problem is not None),
+                signal_number,
+                int(overdue and self.world.is_main),
+                int(self.skipped.has_news()),
+            ]
         )
+        if has_skipped:
+            self.skipped.report()
         if failed:
             fail_together(problem)
         return _Next(batch, data_s, signal_number, bool(saving))

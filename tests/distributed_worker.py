@@ -66,6 +66,18 @@ def signalled_rank(folder: Path, current: World) -> int:
     return run(config, folder / "signalled-run", current)
 
 
+def skipped_pictures(folder: Path, current: World) -> int:
+    """Pictures that one rank meets or both do, with and without loader processes."""
+    for cache, workers in (("none", 0), ("none", current.size), ("in_memory", 0)):
+        set_up(main=current.is_main)  # a log file for each run
+        name = f"{cache}-{workers}"
+        raw = raw_config("fsrcnn", folder / "damaged", iter_max=2)
+        raw["train_dataset"]["num_workers"] = workers
+        raw["train_dataset"]["dataset"]["args"] |= {"cache": cache, "on_error": "skip"}
+        run(check_config(raw, name), folder / name, current)
+    return 0
+
+
 def slow_data(folder: Path, current: World) -> int:
     """The data of one rank takes its time; first that of rank 0, then that of the other."""
     read_batch = Trainer._read_batch
@@ -138,7 +150,14 @@ def _at_step(step: int, action: object) -> None:
 
 JOBS = {
     job.__name__: job
-    for job in (every_kind, damaged_picture, slow_data, killed_rank, signalled_rank)
+    for job in (
+        every_kind,
+        damaged_picture,
+        skipped_pictures,
+        slow_data,
+        killed_rank,
+        signalled_rank,
+    )
 }
 
 
