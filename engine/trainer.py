@@ -115,7 +115,9 @@ class Trainer:
         self.gradients = self._make_gradients()
         save_dir = self.options.save_dir
         self.checkpoints = Checkpoints(
-            save_dir, keep_last=config.keep_last, resumes=start.is_of(save_dir)
+            save_dir,
+            keep_last=config.keep_last,
+            resumed_at=start.iteration if start.is_of(save_dir) else None,
         )
         if start.resumes and start.path == self.checkpoints.last_path:
             self._saved_iteration = start.iteration
