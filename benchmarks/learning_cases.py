@@ -176,6 +176,7 @@ def train_routing(
             frozen.next_batch()
             for learner in learners:
                 learner.step(index, moved, config.precision)
+    batches.skipped.report()
     for variant, learner in zip(ROUTING_VARIANTS, learners, strict=True):
         yield variant, learner.model.eval()
 

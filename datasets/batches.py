@@ -4,6 +4,7 @@ The samples are those of the wrappers in `datasets.wrappers`, asked for one by o
 `SampleKey`: on a CPU to the bit, elsewhere up to the rounding of the resize.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -58,7 +59,8 @@ class DeviceBatches:
         processes: how many have to share the device's memory.
 
     Raises:
-        NotOnDevice: the images do not fit, or are not cropped to one size.
+        NotOnDevice: the images do not fit, or are not cropped to one size; known from their
+            headers, so that no pixels are held while another cache decodes them.
         UserError: an image that is damaged (unless those are skipped) or too small.
     """
 
@@ -70,6 +72,8 @@ class DeviceBatches:
         dataset = samples.dataset
         sizes = [image_sizes(column, dataset.note_damaged) for column in dataset.columns]
         _check_memory(sizes, dataset.cache_share, device, processes)
+        if isinstance(dataset, PairedImageFolders):
+            _check_scales(dataset, sizes)
         images = [
             DeviceImages.load(column, size, device, dataset.note_damaged)
             for column, size in zip(dataset.columns, sizes, strict=True)
@@ -78,7 +82,7 @@ class DeviceBatches:
         self._side = samples.inp_size
         self._device = device
         # Which images the samples of an epoch are made of, damaged ones replaced.
-        self._places = np.array([dataset.place(index) for index in range(len(dataset))])
+        self._places = _used_places(dataset)
         if isinstance(dataset, PairedImageFolders):
             scale, self._sizes = _common_sizes(dataset, sizes, self._places)
             self._layers = {"lr": _Layer(images[1], 1), "hr": _Layer(images[0], scale)}
@@ -161,16 +165,35 @@ def _check_memory(
         )
 
 
+def _check_scales(dataset: PairedImageFolders, sizes: list[np.ndarray]) -> None:
+    """That the pairs have one scale, whichever of them turn out to be damaged further on."""
+    scales = set()
+    for place in np.unique(_used_places(dataset)):
+        # A pair without a scale is an error only if its pixels can be read.
+        with contextlib.suppress(UserError):
+            scales.add(_common_size(dataset, sizes, place)[0])
+    if len(scales) > 1:
+        raise NotOnDevice(f"pairs have several scales: {sorted(scales)}")
+
+
 def _common_sizes(
     dataset: PairedImageFolders, sizes: list[np.ndarray], places: np.ndarray
 ) -> tuple[int, np.ndarray]:
     """The scale of all pairs, and the (n, 2) LR sizes where both images have pixels."""
     lr_sizes = np.zeros_like(sizes[1])
-    scales = set()
+    scale = 1
     for place in np.unique(places):
-        hr_size, lr_size = (tuple(size[place].tolist()) for size in sizes)
-        scale, lr_sizes[place] = common_size(hr_size, lr_size, dataset.name(place))
-        scales.add(scale)
-    if len(scales) > 1:
-        raise NotOnDevice(f"pairs have several scales: {sorted(scales)}")
-    return scales.pop(), lr_sizes
+        scale, lr_sizes[place] = _common_size(dataset, sizes, place)
+    return scale, lr_sizes
+
+
+def _common_size(
+    dataset: PairedImageFolders, sizes: list[np.ndarray], place: int
+) -> tuple[int, tuple[int, int]]:
+    hr_size, lr_size = (tuple(size[place].tolist()) for size in sizes)
+    return common_size(hr_size, lr_size, dataset.name(place))
+
+
+def _used_places(dataset: ImageFolder | PairedImageFolders) -> np.ndarray:
+    """The place of every sample of an epoch, (n,); of damaged images, that of the next."""
+    return np.array([dataset.place(index) for index in range(len(dataset))])

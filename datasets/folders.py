@@ -3,7 +3,6 @@
 Both give (H, W, 3) uint8 RGB; 16-bit files are rounded, gray ones converted, alpha is dropped.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,9 +14,7 @@ from datasets.cache import ImageStore, check_cache, open_store
 from datasets.pairing import ImagePair, align_pair, pair_by_name
 from datasets.registry import DATASETS
 from utils.errors import UserError
-from utils.images import list_images
-
-_log = logging.getLogger(__name__)
+from utils.images import list_images, read_rgb
 
 OnError = Literal["stop", "skip"]
 
@@ -53,10 +50,12 @@ class _Images:
         self.on_error = on_error
         self._cache_dir = cache_dir
         self._stores: list[ImageStore] | None = None
-        # In shared memory: what one loader process has met, the others need not say again.
+        # In shared memory: what a loader process has met, its own process and the others see, too.
         self._damaged = torch.zeros(len(self.columns[0]), dtype=torch.bool)
         if on_error == "skip":
             self._damaged.share_memory_()
+        self._told = torch.zeros_like(self._damaged)
+        self._reasons: dict[int, str] = {}
 
     @property
     def names(self) -> list[str]:
@@ -101,15 +100,41 @@ class _Images:
         for place in range(first + 1, first + count):
             if not self._damaged[place % count]:
                 return place % count
-        raise UserError(f"no image in {self.columns[0][0].parent} can be read; see the log")
+        folder = self.columns[0][0].parent
+        raise UserError(f"no image in {folder} can be read, for example: {self._reason(first)}")
 
     def note_damaged(self, place: int, error: UserError) -> None:
-        """An image cannot be read: end, or log it once and do without it, as `on_error` says."""
+        """An image cannot be read: end, or do without it from now on, as `on_error` says."""
         if self.on_error == "stop":
             raise error
-        if not self._damaged[place]:
-            self._damaged[place] = True
-            _log.warning("skipped, the next one takes its place: %s", error)
+        self._reasons[place] = str(error)
+        self._damaged[place] = True
+
+    def has_untold(self) -> bool:
+        """Whether :meth:`untold` would have any; cheap enough for every iteration."""
+        return self.on_error == "skip" and bool((self._damaged & ~self._told).any())
+
+    def untold(self) -> dict[str, str]:
+        """What is skipped and was not told before, by file: why each cannot be read.
+
+        What a loader process of this one has met is among it. Files are told once; a pair by its
+        HR image.
+        """
+        places = (self._damaged & ~self._told).nonzero().flatten().tolist()
+        self._told[places] = True
+        return {str(self.columns[0][place]): self._reason(place) for place in places}
+
+    def _reason(self, place: int) -> str:
+        """Why an image cannot be read. Of what another process met, only that it did is known."""
+        if place in self._reasons:
+            return self._reasons[place]
+        paths = [column[place] for column in self.columns]
+        try:
+            for path in paths:
+                read_rgb(path)
+        except UserError as error:
+            return str(error)
+        return f"image {paths[0]} could not be read when it was needed, and can be now"
 
     def _read(self, index: int) -> tuple[int, list[np.ndarray]]:
         """A sample's place and its images, (H, W, 3) uint8."""
@@ -139,7 +164,7 @@ class ImageFolder(_Images):
         cache_dir: where the LMDB goes, if not into the user's cache folder.
         cache_share: the part of the device's free memory that ``device`` may take.
         on_error: what a damaged image among the training data does: ``stop`` ends the run, for
-            ``skip`` it is named once and the next image takes its place.
+            ``skip`` the next image takes its place, and training names it once.
 
     Raises:
         UserError: no such folder, no images, or arguments out of range; on `load` or access, a

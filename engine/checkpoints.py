@@ -3,6 +3,9 @@
 ``iter_last.pth`` is the newest, ``iter_last.1.pth`` the one before it, and so on; ``best.pth`` is
 the one with the highest validation PSNR. Each can be resumed from and holds all that inference
 needs. Nothing else in the folder is touched.
+
+A run may be taken back to an older checkpoint. Then those of later iterations are of a course that
+it no longer takes: `later_paths` finds them, for the run to move them away when it goes on.
 """
 
 import logging
@@ -33,19 +36,20 @@ class Checkpoints:
     Args:
         folder: of the run.
         keep_last: how many of the last ones to keep, at least 1.
-        resumes: the run goes on, so that `best.pth` is to be beaten.
+        resumed_at: how many iterations the run goes on from, with the `best.pth` of these to be
+            beaten; None for a new run.
 
     Attributes:
         last_path, best_path: where the newest and the best one are, or will be.
-        best: what `best.pth` holds; None where there is none.
+        best: what `best.pth` holds; None where there is none that counts.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, resumes: bool) -> None:
+    def __init__(self, folder: Path, *, keep_last: int, resumed_at: int | None) -> None:
         self.last_path = folder / LAST_NAME
         self.best_path = folder / BEST_NAME
         self._keep_last = keep_last
         self._saved = False
-        self.best = _read_best(self.best_path) if resumes else None
+        self.best = None if resumed_at is None else _read_best(self.best_path, resumed_at)
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half-written."""
@@ -104,6 +108,15 @@ def all_paths(folder: Path) -> list[Path]:
     return [p for p in (last, *sorted(older), folder / BEST_NAME) if p.exists()]
 
 
+def later_paths(folder: Path, iteration: int) -> list[Path]:
+    """The checkpoints in a run's folder that hold more than `iteration` iterations."""
+    return [
+        path
+        for path in all_paths(folder)
+        if (found := _readable(path)) is not None and found[1]["iter"] > iteration
+    ]
+
+
 def load_newest(last: Path) -> tuple[Path, dict[str, Any]]:
     """Read `last`; where it is damaged, the newest of the run's others, with a warning.
 
@@ -134,12 +147,13 @@ def _readable(path: Path) -> tuple[Path, dict[str, Any]] | None:
     return (path, checkpoint) if isinstance(checkpoint.get("iter"), int) else None
 
 
-def _read_best(path: Path) -> Best | None:
+def _read_best(path: Path, resumed_at: int) -> Best | None:
     if not path.exists():
         return None
     try:
         found = load_checkpoint(path).get("best")
-        return Best(float(found["psnr"]), int(found["iteration"]))  # type: ignore[index]
+        best = Best(float(found["psnr"]), int(found["iteration"]))  # type: ignore[index]
     except (UserError, TypeError, KeyError, ValueError):
         logger.warning("%s cannot be read: the next validation replaces it", path)
         return None
+    return best if best.iteration <= resumed_at else None

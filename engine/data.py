@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import datasets
 from datasets.batches import DeviceBatches, NotOnDevice
 from datasets.sampling import IterationBatchSampler
+from engine.skipped import SkippedImages, Skips
 from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
@@ -46,9 +47,28 @@ def _load(samples: Any) -> Dataset:
     return samples
 
 
+class TrainBatches(Iterator[Batch]):
+    """One rank's batches of a training run.
+
+    Args:
+        made: the batches.
+        dataset: what they are made of.
+
+    Attributes:
+        skipped: the damaged images among it. Who takes the batches is to have them reported.
+    """
+
+    def __init__(self, made: Iterator[Batch], dataset: Skips) -> None:
+        self._made = made
+        self.skipped = SkippedImages(dataset)
+
+    def __next__(self) -> Batch:
+        return next(self._made)
+
+
 def train_batches(
     data: DataConfig, *, seed: int, start: int, stop: int, world: World
-) -> Iterator[Batch]:
+) -> TrainBatches:
     """This rank's share of the batches of iterations `start` to `stop` - 1.
 
     A batch is a function of (seed, iteration) alone: not of the number of ranks or workers, nor
@@ -75,6 +95,12 @@ def train_batches(
         rank=world.rank,
         world_size=world.size,
     )
+    return TrainBatches(_make(samples, sampler, data, world), samples.dataset)
+
+
+def _make(
+    samples: Any, sampler: IterationBatchSampler, data: DataConfig, world: World
+) -> Iterator[Batch]:
     if samples.dataset.cache == "device":
         made = _device_batches(samples, world)
         if made is not None:

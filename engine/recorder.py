@@ -67,7 +67,7 @@ class Recorder:
             self._writer.close()
 
     def add(self, losses: dict[str, Tensor], lr: float, data_s: float) -> None:
-        """Note one iteration and how long it waited for data; nothing is read from the device.
+        """Note one iteration and how long this rank's data took; nothing is read from the device.
 
         `losses` are empty where the update was left out: it counts as time, but not as a value.
         """

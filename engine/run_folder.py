@@ -1,10 +1,12 @@
 """The folder of a run: an earlier run's files, the log, the resolved config."""
 
 import logging
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from engine.checkpoints import all_paths
+from engine.checkpoints import all_paths, later_paths
 from engine.recorder import METRICS_NAME
 from engine.start import Start
 from utils.atomic import write_text
@@ -23,11 +25,16 @@ def open_folder(save_dir: Path, config: Config, start: Start) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    kept = None if start.is_of(save_dir) else set_aside(save_dir)
+    if start.is_of(save_dir):
+        what = f"gone back to iteration {start.iteration}: checkpoints of later ones are"
+        kept = set_aside_later(save_dir, start.iteration)
+    else:
+        what = "a new run: the one that was there is"
+        kept = set_aside(save_dir)
     add_file(save_dir / LOG_NAME)
     write_text(save_dir / CONFIG_NAME, dump_yaml({**config.raw, "seed": start.seed}))
     if kept is not None:
-        logger.info("a new run: the one that was there is kept in %s", kept)
+        logger.info("%s kept in %s", what, kept)
     if start.resumes:
         logger.info("resumed at iteration %d from %s", start.iteration, start.path)
         _log_changes(config, start)
@@ -45,9 +52,30 @@ def set_aside(save_dir: Path) -> Path | None:
     found += [*all_paths(save_dir), *save_dir.glob("events.out.*")]
     if not found:
         return None
+    return _move(found, save_dir)
+
+
+def set_aside_later(save_dir: Path, iteration: int) -> Path | None:
+    """Move the checkpoints of later iterations than the one that a run goes back to.
+
+    They would be taken for its own, where its newest is damaged or a validation is to be beaten.
+    Its metrics, whose later rows are dropped, are copied to them. Returns the folder that they are
+    in now; None where there were none, as when a run just goes on.
+    """
+    found = later_paths(save_dir, iteration)
+    if not found:
+        return None
+    kept = _move(found, save_dir)
+    if (save_dir / METRICS_NAME).exists():
+        shutil.copy2(save_dir / METRICS_NAME, kept)
+    return kept
+
+
+def _move(paths: Sequence[Path], save_dir: Path) -> Path:
+    """Move files to a new folder in the run's, and return that."""
     kept = _new_name(save_dir / time.strftime("before-%Y%m%d-%H%M%S"))
     kept.mkdir()
-    for path in found:
+    for path in paths:
         path.rename(kept / path.name)
     return kept
 

@@ -3,6 +3,8 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -34,6 +36,22 @@ from utils.distributed import (
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+class _Next(NamedTuple):
+    """What an iteration starts with.
+
+    Attributes:
+        batch: on the device.
+        data_s: how long this rank waited for it, and for nothing else.
+        signal_number: that any rank got, else 0.
+        overdue: whether to save now.
+    """
+
+    batch: Batch
+    data_s: float
+    signal_number: int
+    overdue: bool
 
 
 def train(config: Config, options: TrainOptions, world: World) -> int:
@@ -97,7 +115,9 @@ class Trainer:
         self.gradients = self._make_gradients()
         save_dir = self.options.save_dir
         self.checkpoints = Checkpoints(
-            save_dir, keep_last=config.keep_last, resumes=start.is_of(save_dir)
+            save_dir,
+            keep_last=config.keep_last,
+            resumed_at=start.iteration if start.is_of(save_dir) else None,
         )
         if start.resumes and start.path == self.checkpoints.last_path:
             self._saved_iteration = start.iteration
@@ -107,9 +127,11 @@ class Trainer:
             seed=start.seed,
             last=self.checkpoints.last_path,
         )
-        self.batches = train_batches(
+        batches = train_batches(
             data, seed=start.seed, start=start.iteration, stop=config.iter_max, world=self.world
         )
+        self.batches: Iterator[Batch] = batches
+        self.skipped = batches.skipped
         self.validation: list[tuple[float, Dataset]] = []
         if config.valid_dataset is not None:
             self.validation = validation_sets(config.valid_dataset)
@@ -140,19 +162,17 @@ class Trainer:
     def _loop(self, stop: StopSignal, recorder: Recorder, bar: tqdm) -> int:
         config, end = self.config, self.config.iter_max
         for step in range(self.start.iteration, end):
-            began = time.monotonic()
-            batch, signal_number, overdue = self._next_batch(stop.number)
-            waited_s = time.monotonic() - began
+            found = self._next_batch(stop.number)
             # Never untrained weights: in their place, released ones are taken.
-            if step > 0 and (signal_number or overdue):
+            if step > 0 and (found.signal_number or found.overdue):
                 self._save(step)
-            if signal_number:
+            if found.signal_number:
                 where = f"saved at iteration {step}" if step else "before the first iteration"
-                logger.info("stopped by signal %d: %s", signal_number, where)
-                return 128 + signal_number
-            losses = self._iterate(step, batch)
+                logger.info("stopped by signal %d: %s", found.signal_number, where)
+                return 128 + found.signal_number
+            losses = self._iterate(step, found.batch)
             done = step + 1
-            recorder.add(losses, self.state.lr, waited_s)
+            recorder.add(losses, self.state.lr, found.data_s)
             bar.update()
             if _is_due(done, config.iter_print, end):
                 bar.set_postfix_str(recorder.flush(done))
@@ -165,32 +185,44 @@ class Trainer:
         logger.info("finished at iteration %d: %s%s", end, self.checkpoints.last_path, self._best())
         return 0
 
-    def _next_batch(self, signal_number: int) -> tuple[Batch, int, bool]:
-        """The next batch on the device, and what the ranks agree on before they compute it.
+    def _next_batch(self, signal_number: int) -> _Next:
+        """The next batch, and what the ranks agree on before they compute it.
 
-        Returns:
-            the batch; the signal that any rank got, else 0; whether to save now.
+        Args:
+            signal_number: that this rank got, else 0.
 
         Raises:
             UserError: the data of any rank cannot be read.
         """
-        batch: Batch = {}
-        problem = None
-        try:
-            batch = next(self.batches)
-            check_scale(self.model, batch)
-            batch = to_device(batch, self.world.device)
-        except UserError as error:
-            problem = str(error)
+        began = time.monotonic()
+        batch, problem = self._read_batch()
+        # Before the ranks meet: on all others, a slow one would look like slow data.
+        data_s = time.monotonic() - began
         limit_s = self.config.iter_save_s
         # Rank 0 writes, so its clock counts.
         overdue = limit_s is not None and time.monotonic() - self._saved_at >= limit_s
-        failed, signal_number, saving = max_over_ranks(
-            [int(problem is not None), signal_number, int(overdue and self.world.is_main)]
+        failed, signal_number, saving, has_skipped = max_over_ranks(
+            [
+                int(problem is not None),
+                signal_number,
+                int(overdue and self.world.is_main),
+                int(self.skipped.has_news()),
+            ]
         )
+        if has_skipped:
+            self.skipped.report()
         if failed:
             fail_together(problem)
-        return batch, signal_number, bool(saving)
+        return _Next(batch, data_s, signal_number, bool(saving))
+
+    def _read_batch(self) -> tuple[Batch, str | None]:
+        """This rank's part of the next batch, on the device; or why there is none."""
+        try:
+            batch = next(self.batches)
+            check_scale(self.model, batch)
+            return to_device(batch, self.world.device), None
+        except UserError as error:
+            return {}, str(error)
 
     def _iterate(self, step: int, batch: Batch) -> Losses:
         """One iteration; returns its losses, means over all ranks; none if it is left out."""

@@ -66,6 +66,34 @@ def signalled_rank(folder: Path, current: World) -> int:
     return run(config, folder / "signalled-run", current)
 
 
+def skipped_pictures(folder: Path, current: World) -> int:
+    """Pictures that one rank meets or both do, with and without loader processes."""
+    for cache, workers in (("none", 0), ("none", current.size), ("in_memory", 0)):
+        set_up(main=current.is_main)  # a log file for each run
+        name = f"{cache}-{workers}"
+        raw = raw_config("fsrcnn", folder / "damaged", iter_max=2)
+        raw["train_dataset"]["num_workers"] = workers
+        raw["train_dataset"]["dataset"]["args"] |= {"cache": cache, "on_error": "skip"}
+        run(check_config(raw, name), folder / name, current)
+    return 0
+
+
+def slow_data(folder: Path, current: World) -> int:
+    """The data of one rank takes its time; first that of rank 0, then that of the other."""
+    read_batch = Trainer._read_batch
+    config = make_config("fsrcnn", folder / "pictures", iter_max=4)
+    for slow in range(current.size):
+        wait_s = 0.5 if current.rank == slow else 0.0
+
+        def read_late(self: Trainer, wait_s: float = wait_s) -> object:
+            time.sleep(wait_s)
+            return read_batch(self)
+
+        Trainer._read_batch = read_late  # type: ignore[assignment,method-assign]
+        run(config, folder / f"slow-{slow}", current)
+    return 0
+
+
 def late_rank(folder: Path) -> int:
     """Rank 1 dies once all have met; started again, it comes when rank 0 has long been looking."""
     late = os.environ["RANK"] == "1"
@@ -120,7 +148,17 @@ def _at_step(step: int, action: object) -> None:
     Trainer._iterate = iterate_and_act  # type: ignore[assignment,method-assign]
 
 
-JOBS = {job.__name__: job for job in (every_kind, damaged_picture, killed_rank, signalled_rank)}
+JOBS = {
+    job.__name__: job
+    for job in (
+        every_kind,
+        damaged_picture,
+        skipped_pictures,
+        slow_data,
+        killed_rank,
+        signalled_rank,
+    )
+}
 
 
 def main() -> int:

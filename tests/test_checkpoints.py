@@ -23,8 +23,8 @@ def iterations(folder: Path) -> dict[str, int]:
     return {path.name: load_checkpoint(path)["iter"] for path in sorted(folder.glob("*.pth"))}
 
 
-def make(folder: Path, keep_last: int = 2, resumes: bool = False) -> Checkpoints:
-    return Checkpoints(folder, keep_last=keep_last, resumes=resumes)
+def make(folder: Path, keep_last: int = 2, resumed_at: int | None = None) -> Checkpoints:
+    return Checkpoints(folder, keep_last=keep_last, resumed_at=resumed_at)
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
@@ -104,11 +104,11 @@ def test_the_best_is_never_replaced_by_worse(tmp_path: Path) -> None:
     for iteration, psnr in enumerate([float("nan"), 20.0, 30.0, float("nan"), 25.0, 30.0]):
         checkpoints.save_if_best(content(iteration), psnr)
         if iteration == 3:
-            checkpoints = make(tmp_path, resumes=True)
+            checkpoints = make(tmp_path, resumed_at=3)
     best = load_checkpoint(tmp_path / BEST_NAME)
     assert best["iter"] == 2 and best["best"] == {"psnr": 30.0, "iteration": 2}
     (tmp_path / BEST_NAME).write_bytes(b"damaged")
-    make(tmp_path, resumes=True).save_if_best(content(9), 10.0)
+    make(tmp_path, resumed_at=8).save_if_best(content(9), 10.0)
     assert iterations(tmp_path)[BEST_NAME] == 9
 
 

@@ -142,7 +142,33 @@ def test_what_does_not_fit_comes_from_another_cache(
         assert_equal(found, batches(folder_data(folder, "none", wrapper)))
 
 
-def test_damaged_and_small_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pairs_of_several_scales_are_decoded_for_the_other_cache_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once they were decoded for both, and both held them for a moment."""
+    caplog.set_level(logging.INFO)
+    hr = write_images(tmp_path / "hr", {"a.png": (24, 24), "b.png": (36, 36), "c.png": (24, 30)})
+    lr = write_images(tmp_path / "lr", {"a.png": (12, 12), "b.png": (12, 12), "c.png": (12, 15)})
+    # Whether this pair has a scale does not matter: another takes its place.
+    write_images(hr, {"d.png": (40, 60)})
+    write_images(lr, {"d.png": (40, 13)})
+    (lr / "d.png").write_bytes((lr / "d.png").read_bytes()[:200])
+    found = {}
+    for cache in ("none", "device"):
+        folders = {"root_path_hr": str(hr), "root_path_lr": str(lr)}
+        dataset = {
+            "name": "paired-image-folders",
+            "args": {**folders, "cache": cache, "on_error": "skip"},
+        }
+        wrapper = {"name": "sr-implicit-paired", "args": {"inp_size": 12}}
+        found[cache] = batches(DataConfig(dataset, wrapper, batch_size=1))
+    assert_equal(found["device"], found["none"])
+    assert "replaced by `in_memory`: pairs have several scales: [2, 3]" in caplog.text
+    decoded = [message for message in caplog.messages if "images decoded" in message]
+    assert len(decoded) == 2 and all(message.endswith("in memory") for message in decoded)
+
+
+def test_damaged_and_small_images(tmp_path: Path) -> None:
     folder = write_images(tmp_path, SIZES)
     wrapper = {"inp_size": 5, "scale": 4}
     with pytest.raises(UserError, match=r"[ad]\.png is .*, too small for a crop of 24x24"):
@@ -152,11 +178,10 @@ def test_damaged_and_small_images(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     (folder / "c.png").write_bytes((folder / "c.png").read_bytes()[:500])
     with pytest.raises(UserError, match=r"a\.png"):
         batches(folder_data(folder, "device", wrapper))
-    caplog.clear()
-    found = batches(folder_data(folder, "device", wrapper, on_error="skip"))
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 2 and "a.png" in warnings[0] and "c.png" in warnings[1]
-    assert_equal(found, batches(folder_data(folder, "none", wrapper, on_error="skip")))
+    data = folder_data(folder, "device", wrapper, on_error="skip")
+    made = train_batches(data, seed=3, start=0, stop=5, world=ONE)
+    assert made.skipped.has_news()
+    assert_equal(list(made), batches(folder_data(folder, "none", wrapper, on_error="skip")))
 
 
 def test_a_resumed_run_goes_on_as_a_straight_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.sampling import IterationBatchSampler
 from tests.processes import free_port, launch, lines, start
 from tests.training import (
     KEYS,
@@ -71,6 +72,26 @@ def test_damaged_picture_on_one_rank_ends_all_with_one_line(tmp_path: Path) -> N
     assert "4.png" in line and lines(ended[0][1]) == [line]
 
 
+def test_skipped_pictures_of_any_process_are_in_the_log_once(tmp_path: Path) -> None:
+    """Two iterations of four samples take eight of nine pictures, each on one rank alone."""
+    folder = make_pictures(tmp_path / "damaged", count=9)
+    ranks = [
+        IterationBatchSampler(length=9, batch_size=4, seed=0, stop=2, rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    damaged = [folder / f"{next(iter(sampler))[0].index}.png" for sampler in ranks]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:300])
+    ended = start("skipped_pictures", tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    for name in ("none-0", "none-2", "in_memory-0"):
+        log = (tmp_path / name / "log.txt").read_text(encoding="utf-8")
+        told = [line for line in log.splitlines() if "skipped, the next one" in line]
+        assert [sum(str(path) in line for line in told) for path in damaged] == [1, 1], (name, log)
+        assert len(told) == 2
+    assert ended[0][1].count("skipped, the next one") == 6 and ended[1][1].strip() == ""
+
+
 def test_a_killed_rank_starts_all_again_until_that_is_enough(tmp_path: Path) -> None:
     """Each time from the last checkpoint, to the weights of a run that nothing disturbed.
 
@@ -113,6 +134,17 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
     assert [code for code, _ in ended] == [143, 143], ended
     assert checkpoint_of(tmp_path / "signalled-run")["iter"] == 3
     assert (tmp_path / "signalled-run" / LAST_NAME).is_file()
+
+
+def test_waiting_for_another_rank_is_not_waiting_for_data(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures")
+    ended = start("slow_data", tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    own, other = (
+        [row["data_share"] for row in metrics_of(tmp_path / f"slow-{rank}")] for rank in range(2)
+    )
+    # Where it is the other's that is slow, rank 0 waits as long, but for the other.
+    assert min(own) > 0.5 and max(other) < 0.25, (own, other)
 
 
 def test_one_process_needs_no_group() -> None:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoints import older_path
 from engine.trainer import Trainer
 from tests.training import (
     KINDS,
@@ -23,12 +25,25 @@ from tests.training import (
     stop_at,
 )
 from utils.checkpoint import BEST_NAME, LAST_NAME, load_checkpoint, save_checkpoint
-from utils.config import check_config
+from utils.config import Config, check_config
 from utils.errors import UserError
 from utils.run_metrics import METRICS_NAME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_logging")
+
+
+def validated(pictures: Path, **changes: Any) -> Config:
+    """A small run with a validation at its end."""
+    data = raw_config("fsrcnn", pictures)["train_dataset"]["dataset"]
+    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    valid = {"dataset": data, "wrapper": wrapper}
+    return make_config("fsrcnn", pictures, valid_dataset=valid, **changes)
+
+
+def iterations_of(folder: Path) -> dict[str, int]:
+    """The checkpoints in a folder, and after how many iterations each was written."""
+    return {path.name: load_checkpoint(path)["iter"] for path in folder.glob("*.pth")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,6 +108,36 @@ def test_resume_from_a_path_keeps_the_run_that_is_there(pictures: Path, tmp_path
     assert [row["iteration"] for row in metrics_of(tmp_path / "b")] == [4]
 
 
+@pytest.mark.parametrize("way", ["copied over the last", "--resume PATH"])
+def test_gone_back_to_an_older_checkpoint_what_came_after_it_is_kept_and_plays_no_part(
+    way: str, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even where all that is left of the new part is damaged, or worse than the best before."""
+    folder, last = tmp_path / "run", tmp_path / "run" / LAST_NAME
+    config = validated(pictures, iter_max=6, iter_save=1, keep_last=4)
+    run(config, folder)
+    straight, rows = checkpoint_of(folder), metrics_of(folder)
+    best = {**load_checkpoint(folder / BEST_NAME), "best": {"psnr": 99.0, "iteration": 6}}
+    save_checkpoint(folder / BEST_NAME, best)
+    older = older_path(last, 3)
+    if way == "--resume PATH":
+        resume, later = str(older), {LAST_NAME: 6, "iter_last.1.pth": 5, "iter_last.2.pth": 4}
+    else:
+        shutil.copy(older, last)
+        resume, later = "auto", {"iter_last.1.pth": 5, "iter_last.2.pth": 4}
+    with caplog.at_level(logging.INFO):
+        run(validated(pictures, iter_max=4, iter_save=1), folder, resume=resume)
+    (kept,) = folder.glob("before-*")
+    assert "resumed at iteration 3" in caplog.text and str(kept) in caplog.text
+    assert iterations_of(kept) == {**later, BEST_NAME: 6} and metrics_of(kept) == rows
+    assert max(iterations_of(folder).values()) == 4 == iterations_of(folder)[BEST_NAME]
+
+    last.write_bytes(b"damaged")
+    run(config, folder)
+    assert not differences(checkpoint_of(folder), straight)
+    assert [found.name for found in folder.glob("before-*")] == [kept.name]
+
+
 def test_without_the_newest_checkpoint_the_one_before_goes_on(
     pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,10 +152,7 @@ def test_without_the_newest_checkpoint_the_one_before_goes_on(
 
 
 def test_killed_in_the_last_validation_it_is_made_up_for(pictures: Path, tmp_path: Path) -> None:
-    data = raw_config("fsrcnn", pictures)["train_dataset"]["dataset"]
-    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
-    valid = {"dataset": data, "wrapper": wrapper}
-    config = make_config("fsrcnn", pictures, iter_max=2, valid_dataset=valid)
+    config = validated(pictures, iter_max=2)
     run(config, tmp_path)
     whole = (tmp_path / METRICS_NAME).read_text()
     rows = [line for line in whole.splitlines() if '"valid"' not in line]
@@ -161,6 +203,7 @@ def test_from_before_a_damaged_checkpoint_it_goes_on_to_the_same_weights(
     assert run(make_config("fsrcnn", pictures, iter_max=4, iter_save=1), tmp_path) == 0
     assert "resumed at iteration 3 from" in caplog.text
     assert not differences(checkpoint_of(tmp_path), straight)
+    assert not list(tmp_path.glob("before-*"))
 
 
 def test_checkpoints_that_do_not_fit_are_named(pictures: Path, tmp_path: Path) -> None:
