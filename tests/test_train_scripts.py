@@ -210,6 +210,15 @@ def read_until(descriptor: int, words: bytes | None) -> bytes:
     return found
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_asking_twice_ends_at_once_but_an_echo_does_not() -> None:
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
