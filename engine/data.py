@@ -147,6 +147,10 @@ def _collate(samples: list[Batch]) -> Batch:
             "config: `train_dataset.wrapper.args.inp_size` is missing: without it samples are "
             "whole images, and these differ in size"
         )
+    if len({tuple(sample["hr"].shape) for sample in samples}) > 1:
+        raise UserError(
+            "train_dataset: pairs of several scales are in one batch: keep a folder for each scale"
+        )
     return default_collate(samples)
 
 

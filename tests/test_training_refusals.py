@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.training import (
-    make_pictures,
-    raw_config,
-    run,
-)
+from tests.training import make_pictures, raw_config, run
 from utils.checkpoint import LAST_NAME
 from utils.config import check_config
 from utils.errors import UserError
+from utils.images import Picture, write_picture
 
 pytestmark = pytest.mark.usefixtures("fresh_logging")
 
@@ -82,4 +80,19 @@ def test_whole_images_of_different_sizes_need_inp_size(tmp_path: Path) -> None:
     raw = raw_config("fsrcnn", folder)
     del raw["train_dataset"]["wrapper"]["args"]["inp_size"]
     with pytest.raises(UserError, match=r"`train_dataset.wrapper.args.inp_size` is missing"):
+        run(check_config(raw, "x"), tmp_path / "run")
+
+
+def test_pairs_of_several_scales_in_one_batch(tmp_path: Path) -> None:
+    hr = make_pictures(tmp_path / "hr", count=6, side=48)
+    lr = tmp_path / "lr"
+    lr.mkdir()
+    for index, path in enumerate(sorted(hr.iterdir())):
+        side = 12 if index % 2 else 24
+        write_picture(lr / path.name, Picture(np.zeros((side, side, 3), np.uint8)))
+    raw = raw_config("fsrcnn", hr)
+    args = {"root_path_hr": str(hr), "root_path_lr": str(lr), "cache": "none"}
+    raw["train_dataset"]["dataset"] = {"name": "paired-image-folders", "args": args}
+    raw["train_dataset"]["wrapper"] = {"name": "sr-implicit-paired", "args": {"inp_size": 8}}
+    with pytest.raises(UserError, match="pairs of several scales are in one batch"):
         run(check_config(raw, "x"), tmp_path / "run")
