@@ -1,7 +1,7 @@
 """How near to a budget in milliseconds images come, on the wall clock.
 
-Targets lie between what all-light and all-heavy are predicted to take. As a user would, each
-restorer measures for itself what its image takes, once, and then runs it.
+Targets lie between what all-light and all-heavy are predicted to take. As it is for a user, what an
+image takes is measured once for each target, and then the image is run.
 """
 
 import argparse
@@ -20,14 +20,12 @@ if __name__ == "__main__":
     # Called by its path, Python looks for modules beside this file.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.cases import BACKBONES, SCALE, Networks, Size, Source, picture, shown
+from benchmarks.cases import BACKBONES, SCALE, Networks, Size, Source, lr_size, picture, shown
 from benchmarks.measure import round_robin
 from benchmarks.report import format_table
-from engine.budget import Budget, BudgetPlan, OriginalCost
 from engine.inference_words import add_json_word
 from engine.restore import PcsrRestorer
-from engine.timing import measure_times
-from models.pcsr import PCSR
+from engine.timing import TimedRouting, measure_times
 from utils.atomic import write_text
 from utils.cli import Parser, add_device_words, check_device_words, positive_int, run
 from utils.device import pick_device
@@ -42,7 +40,7 @@ TITLES = ("backbone", "LR", "budget ms", "median ms", "off", "most over", "heavy
 
 
 @dataclass(frozen=True)
-class Row:
+class BudgetRow:
     """One budget on one image.
 
     Attributes:
@@ -81,20 +79,23 @@ class Row:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = Parser(
-        description="Run images with budgets in milliseconds, and tell how far from them the "
-        "wall clock was. Ends with code 1 where that is more than 10 % on average.",
+        description="Run an image with budgets in milliseconds, and tell how far from them the "
+        f"wall clock was. Ends with code 1 where that is more than {LIMIT:.0%} on average.",
         example="python -m benchmarks.budgets --backbone carn fsrcnn --threads 2",
     )
     parser.add_argument(
-        "--backbone", nargs="+", choices=BACKBONES, default=["carn", "fsrcnn"], help="Which models."
+        "--backbone",
+        nargs="+",
+        choices=BACKBONES,
+        default=["carn", "fsrcnn"],
+        help="Models to run.",
     )
     parser.add_argument(
-        "--lr_size",
-        nargs=2,
-        type=positive_int,
-        default=(276, 420),
-        metavar=("HEIGHT", "WIDTH"),
-        help="LR pixels.",
+        "--size",
+        type=lr_size,
+        default="420x276",
+        metavar="WIDTHxHEIGHT",
+        help="LR size; 420x276 has 276 rows of 420 pixels.",
     )
     parser.add_argument(
         "--weights",
@@ -104,7 +105,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PATH",
         help="Checkpoints of PCSR networks, at most one for each backbone. Default: save/.",
     )
-    parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="Per budget.")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=7, metavar="N", help="Runs of each budget."
+    )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="Threads of a CPU.")
     add_json_word(parser)
     add_device_words(parser)
@@ -120,10 +123,10 @@ def main() -> int:
     device = pick_device(args.device, args.gpu)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows: list[Row] = []
+    rows: list[BudgetRow] = []
     for backbone in args.backbone:
         source = Source.find(backbone, args.weights, [])
-        rows += measure(source, device, tuple(args.lr_size), args.rounds)
+        rows += measure(source, device, args.size, args.rounds)
     print(format_table(TITLES, [row.cells() for row in rows]))
     if args.json is not None:
         content = [dataclasses.asdict(row) for row in rows]
@@ -134,41 +137,42 @@ def main() -> int:
 
 
 @torch.inference_mode()
-def measure(source: Source, device: torch.device, lr_size: Size, rounds: int) -> list[Row]:
-    """Rows of one backbone; all budgets run in turn."""
+def measure(source: Source, device: torch.device, shape: Size, rounds: int) -> list[BudgetRow]:
+    """Rows of one backbone on an LR image of `shape` (h, w); all budgets run in turn."""
     model = Networks(source, device).pcsr
     if len(model.upsamplers) < 2:
         raise UserError(f"{source.pcsr}: with one upsampler there is nothing to choose")
-    lr = picture(lr_size).to(device)
-    size = (SCALE * lr_size[0], SCALE * lr_size[1])
+    lr = picture(shape).to(device)
+    size = (SCALE * shape[0], SCALE * shape[1])
     restorer = PcsrRestorer(model)
     restorer.warm_up(lr, size)
     times = measure_times(restorer, lr, size)
     budgets = [times.least_s + p * (times.most_s - times.least_s) for p in POSITIONS]
-    runs = {budget: _Run(model, source.backbone, budget, lr, size) for budget in budgets}
-    measured = round_robin({budget: each.time_s for budget, each in runs.items()}, rounds)
+    runs = [_Run(restorer, budget, lr, size) for budget in budgets]
+    measured = round_robin(dict(enumerate(each.time_s for each in runs)), rounds)
     facts = describe(device)
     return [
-        Row(
-            *(source.backbone, *lr_size, shown(source.pcsr), budget, measured[budget]),
+        BudgetRow(
+            *(source.backbone, *shape, shown(source.pcsr), each.budget_s, measured[index]),
             *(each.heavy_share, facts),
         )
-        for budget, each in runs.items()
+        for index, each in enumerate(runs)
     ]
 
 
 class _Run:
-    """One budget on one image; it has measured and run once when it is made."""
+    """One budget on one image, whose times are measured when this is made."""
 
-    def __init__(self, model: PCSR, backbone: str, budget_s: float, lr: Tensor, size: Size) -> None:
-        plan = BudgetPlan(Budget(budget_s, "seconds"), OriginalCost(backbone))
-        self._restorer = PcsrRestorer(model, plan)
-        self._lr, self._size = lr, size
+    def __init__(self, restorer: PcsrRestorer, budget_s: float, lr: Tensor, size: Size) -> None:
+        self.budget_s = budget_s
         self.heavy_share = 0.0
-        self.time_s()
+        self._restorer, self._lr, self._size = restorer, lr, size
+        self._times = measure_times(restorer, lr, size)
 
     def time_s(self) -> float:
         """Seconds from LR to SR."""
+        # Its clock starts here, as that of `--budget` does.
+        self._restorer.routing = TimedRouting(self._times, self.budget_s, "budget")
         restored = self._restorer(self._lr, self._size)
         self.heavy_share = restored.shares[-1]
         return restored.time_s

@@ -3,6 +3,7 @@
 Axes: h w LR, H W output, M upsamplers.
 """
 
+import argparse
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -269,6 +270,14 @@ class OriginalRunner:
             sr = self.network(lr[None])
         flops = self._flops((lr.shape[-2], lr.shape[-1]))
         return Restored(sr[0], None, [], *flops, timer.elapsed_s)
+
+
+def lr_size(text: str) -> Size:
+    """`type=` of an option that takes WIDTHxHEIGHT; (h, w)."""
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 420x276, not `{text}`")
+    return int(match[2]), int(match[1])
 
 
 def encoder_time_s(restorer: PcsrRestorer, lr: Tensor) -> float:

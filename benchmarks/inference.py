@@ -7,11 +7,10 @@ slows down all alike: ratios hold where absolute times do not.
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -20,7 +19,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import plots
-from benchmarks.cases import BACKBONES, VARIANTS, Size, Source, backbone_of, cases_of, make_routing
+from benchmarks.cases import (
+    BACKBONES,
+    VARIANTS,
+    Size,
+    Source,
+    backbone_of,
+    cases_of,
+    lr_size,
+    make_routing,
+)
 from benchmarks.measure import Bench, product_peak
 from benchmarks.report import LEGEND, Row, growth_table
 from engine.budget import OriginalCost
@@ -154,10 +162,10 @@ def main() -> None:
     }
     print(_machine_line(device, peaks), flush=True)
     rows: list[Row] = []
-    for lr_size in args.size:
+    for shape in args.size:
         for source in sources:
             cases = cases_of(source.backbone, args.variants, args.routing, list(precisions))
-            bench = Bench(source, device, lr_size, peaks, memory=not args.no_memory)
+            bench = Bench(source, device, shape, peaks, memory=not args.no_memory)
             rows += bench.run(cases, args.rounds)
             if args.json is not None:
                 _write_json(args.json, rows)
@@ -226,13 +234,7 @@ def _one_of(names: Sequence[str]) -> Callable[[str], str | list[str]]:
 
 
 def _size(text: str) -> Size | list[Size]:
-    """(h, w)."""
-    if text == "all":
-        return [cast(Size, _size(size)) for size in SIZES]
-    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text, re.ASCII)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 420x276, not `{text}`")
-    return int(match[2]), int(match[1])
+    return [lr_size(size) for size in SIZES] if text == "all" else lr_size(text)
 
 
 def _routing(text: str) -> str:

@@ -29,6 +29,9 @@ oracle's lead over it is noise of single pixels, which only HR tells.
 _PHASE0 = """## Phase 0: warm-up, EMA, larger patches
 
 {run}, from scratch. PSNR (dB, RGB) of the heavy upsampler everywhere.
+
+The learning rate ends near zero, where the weights hardly move any more: that leaves an average of
+them (EMA) little to gain at the end of a run.
 """
 
 

@@ -261,7 +261,7 @@ def test_budgets_in_milliseconds(
 ) -> None:
     path = tmp_path / "rows.json"
     given = next(word for word in weights if word.startswith("--weights="))
-    words = [given, "--backbone=fsrcnn", "--lr_size", "48", "64", "--rounds=2", "--device=cpu"]
+    words = [given, "--backbone=fsrcnn", "--size=64x48", "--rounds=2", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", ["budgets.py", *words, f"--json={path}"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as ended:

@@ -115,15 +115,21 @@ def test_a_killed_rank_starts_all_again_until_that_is_enough(tmp_path: Path) -> 
     assert not differences(one, two)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["free port", "given port"])
+@pytest.mark.parametrize(
+    "meeting",
+    [
+        [],
+        ["--node-rank=0", "--master-addr=127.0.0.1", "--master-port={port}"],
+        ["--nnodes=1", "--rdzv-endpoint=127.0.0.1:{port}"],
+    ],
+    ids=["free port", "given port", "rendezvous"],
+)
 def test_processes_that_start_again_do_not_look_for_those_before(
-    static: bool, tmp_path: Path
+    meeting: list[str], tmp_path: Path
 ) -> None:
     """torchrun 2.13 keeps the store, in which the addresses of the dead ones still stand."""
-    words = ["--nproc=2", "--max-restarts=1"]
-    if static:
-        words += ["--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    ended = launch(*words, WORKER, "late_rank", str(tmp_path))
+    words = [word.format(port=free_port()) for word in meeting]
+    ended = launch("--nproc=2", "--max-restarts=1", *words, WORKER, "late_rank", str(tmp_path))
     assert (tmp_path / "killed").exists()
     assert ended.returncode == 0, ended.stderr
 

@@ -8,21 +8,22 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from engine.restore import PcsrRestorer, make_engine
+from engine.restore import make_engine
 from models import native
 from models.cost import count_rows
 from models.fast import FastEngine
-from models.inference import super_resolve
+from models.inference import super_resolve, super_resolve_patches
 from models.native import compiler, library
-from models.native.bindings import Library
+from models.native.bindings import Library, NativeMLP
 from models.native_engine import NativeEngine
+from models.reference import ReferenceEngine
 from models.routing import AdaptiveRouting, FixedRouting, KRouting
 from tests.test_fast import check_equal, grid_of, make_model
 from utils.errors import UserError
+from utils.flops import PcsrCost
 
 has_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("cc", "gcc", "clang")),
@@ -34,6 +35,7 @@ has_compiler = pytest.mark.skipif(
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, and nothing remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiler, "SOURCE", tmp_path / "source" / compiler.SOURCE.name)
     (tmp_path / "source").mkdir()
     shutil.copy(Path(native.__file__).with_name("pixel_mlp.c"), tmp_path / "source")
@@ -62,13 +64,13 @@ def test_rows_of_several_segments(size: tuple[int, int]) -> None:
 
 
 @has_compiler
-@pytest.mark.parametrize("size", [(36, 28), (25, 30), (5, 40)])
+@pytest.mark.parametrize("size", [(36, 28), (25, 30), (5, 40), (5, 1300)])
 @pytest.mark.parametrize("upsamplers", [2, 3])
 def test_cost_is_what_the_kernels_count(size: tuple[int, int], upsamplers: int) -> None:
-    """Multiply-adds counted where they are done, against what budgets are planned with."""
+    """Multiply-adds of pixels, counted where they are done: those that budgets are planned with."""
     model = make_model("carn", upsamplers)
     engine = NativeEngine(loaded(), model)
-    lr = torch.rand(1, 3, 9, 7)
+    lr = torch.rand(1, 3, 9, 7 if size[1] < 1000 else 325)
     grid = grid_of(lr, size)
     feat = engine.encode(lr)
     classified = engine.classify(feat, grid)[1]
@@ -114,7 +116,7 @@ def test_the_number_of_threads_changes_nothing(size: tuple[int, int]) -> None:
 
 @has_compiler
 def test_threads_of_our_own_where_torch_has_none_to_lend() -> None:
-    kernels = Library(compiler.build())
+    kernels = compiler.load()
     model = make_model("fsrcnn")
     lr = torch.rand(1, 3, 9, 7)
     expected = super_resolve(NativeEngine(kernels, model), lr, (36, 28), KRouting(0.0), (0.0, 0.7))
@@ -161,19 +163,68 @@ def test_half_precision_of_the_encoder(dtype: torch.dtype) -> None:
 
 
 @has_compiler
-def test_compiled_once_and_kept(fresh: Path) -> None:
-    path = compiler.build()
-    assert path.parent == fresh and [p.name for p in fresh.iterdir()] == [path.name]
+def test_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler.load()
+    (path,) = fresh.iterdir()
     written = path.stat().st_mtime_ns
-    assert compiler.build() == path and path.stat().st_mtime_ns == written
+    compiler.load()
+    assert [path] == list(fresh.iterdir()) and path.stat().st_mtime_ns == written
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        compiler.load()  # no compiler is asked for
     compiler.SOURCE.write_text(compiler.SOURCE.read_text() + "\n")
-    assert compiler.build() != path, "another source is another library"
+    compiler.load()
+    assert len(list(fresh.iterdir())) == 2, "another source is another library"
 
 
 @has_compiler
-def test_a_cache_folder_that_cannot_be_written(fresh: Path) -> None:
+def test_a_damaged_library_is_compiled_anew(fresh: Path) -> None:
+    fresh.mkdir(mode=0o700)
+    path = fresh / f"pixel_mlp-{compiler._fingerprint()}.so"
+    path.write_bytes(b"not a library")
+    assert compiler.load().tile > 0
+    assert path.stat().st_size > 1000
+
+
+@has_compiler
+def test_the_next_folder_where_one_cannot_be_used(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_folder = compiler.SOURCE.parent / "__pycache__"
     fresh.write_text("a file where the folder should be")
-    assert compiler.build().parent == compiler.SOURCE.parent / "__pycache__"
+    compiler.load()
+    assert len(list(next_folder.iterdir())) == 1
+    fresh.unlink()
+    fresh.mkdir()
+    fresh.chmod(0o777)
+    compiler.load()
+    assert not list(fresh.iterdir()), "anybody could have put a library there"
+    next_folder.chmod(0o777)
+    with pytest.raises(UserError, match="no folder of this user's own"):
+        compiler.load()
+
+
+@has_compiler
+def test_a_cache_folder_that_may_not_be_looked_at(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert library() is None
+
+
+@has_compiler
+def test_cc_may_be_several_words_and_may_be_wrong(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "env LC_ALL=C cc")
+    compiler.load()
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    compiler.SOURCE.write_text(compiler.SOURCE.read_text() + "\n")
+    compiler.load()
+    assert len(list(fresh.iterdir())) == 2
 
 
 def test_without_a_compiler(
@@ -181,7 +232,6 @@ def test_without_a_compiler(
 ) -> None:
     """Plain torch, and one line that says so."""
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
     with caplog.at_level(logging.INFO):
         engines = [make_engine(make_model("fsrcnn")) for _ in range(2)]
     assert {type(engine) for engine in engines} == {FastEngine}
@@ -193,16 +243,97 @@ def test_without_a_compiler(
 def test_a_compiler_that_fails(fresh: Path) -> None:
     compiler.SOURCE.write_text("this is not C\n")
     with pytest.raises(UserError, match="does not compile"):
-        compiler.build()
+        compiler.load()
     assert not list(fresh.iterdir()), "nothing half-written stays"
     assert library() is None
 
 
-def test_a_library_of_something_else(tmp_path: Path) -> None:
-    path = tmp_path / "x.so"
-    path.write_bytes(b"not a library")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        Library(path)
+@has_compiler
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("feat_hwC", torch.zeros(8, 8, 12, dtype=torch.float16)),
+        ("feat_hwC", torch.zeros(8, 7, 12)),
+        ("feat_hwC", torch.zeros(8, 12, 8).transpose(1, 2)),
+        ("out_OHW", torch.zeros(3, 32, 31)),
+        ("classes_HW", torch.zeros(32, 32, dtype=torch.int64)),
+        ("gain_O", torch.zeros(2)),
+    ],
+)
+def test_other_tensors_than_the_kernels_read_are_refused(name: str, value: torch.Tensor) -> None:
+    kernels = loaded()
+    mlps = [NativeMLP.pack(sampler, kernels.tile) for sampler in make_model("fsrcnn").upsamplers]
+    tensors = {
+        "feat_hwC": torch.zeros(8, 8, 12),
+        "out_OHW": torch.zeros(3, 32, 32),
+        "classes_HW": torch.zeros(32, 32, dtype=torch.uint8),
+        "gain_O": torch.ones(3),
+    }
+    grid = grid_of(torch.zeros(1, 3, 8, 8), (32, 32))
+    kernels.apply(mlps, grid=grid, **tensors)
+    with pytest.raises(ValueError, match=name):
+        kernels.apply(mlps, grid=grid, **{**tensors, name: value})
+
+
+@has_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_of_other_types(dtype: torch.dtype) -> None:
+    engine = NativeEngine(loaded(), make_model("fsrcnn"))
+    lr = torch.rand(1, 3, 8, 8).to(dtype)
+    feat, grid = engine.encode(lr.float()), grid_of(lr, (32, 32))
+    classes = torch.ones(1, 32, 32, dtype=torch.uint8)
+    sr, expected = (engine.upsample(x, feat, grid, classes).sr for x in (lr, lr.float()))
+    assert torch.equal(sr, expected)
+
+
+@has_compiler
+@pytest.mark.parametrize("size", [(36, 28), (25, 30)])
+def test_batches_features_of_any_layout_and_parts_without_rows(size: tuple[int, int]) -> None:
+    model = make_model("carn", 3)
+    engine = NativeEngine(loaded(), model)
+    lr, grid = torch.rand(3, 3, 9, 7), grid_of(torch.zeros(1, 3, 9, 7), size)
+    classes = torch.randint(3, (3, *size), dtype=torch.uint8)
+    wide = torch.cat([model.encode(lr), torch.zeros(3, 12, 9, 1)], dim=3)
+    feat = wide[..., :7]  # channels first, and not contiguous
+    out = engine.upsample(lr, feat, grid, classes)
+    margins = engine.classify(feat, grid)[0]
+    reference = ReferenceEngine(model)
+    expected = reference.upsample(lr, feat, grid, classes)
+    torch.testing.assert_close(out.sr, expected.sr, rtol=0, atol=1e-5)
+    torch.testing.assert_close(margins, reference.classify(feat, grid)[0], rtol=0, atol=1e-4)
+    assert out.pixel_counts == expected.pixel_counts
+    shrunk = grid_of(lr, (2, 28))
+    empty, rows = shrunk.part(0, 1)
+    assert rows == slice(0, 0)
+    nothing = engine.upsample(lr[:1], feat[:1, :, :1], empty, classes[:1, :0, :28])
+    assert nothing.sr.shape == (1, 3, 0, 28) and nothing.flops == 0
+
+
+@has_compiler
+def test_patches_of_a_batch() -> None:
+    model = make_model("carn")
+    lr = torch.rand(1, 3, 60, 60)
+    log_costs = PcsrCost.of(model).log_costs((32, 32), (128, 128))
+    reference, fast = (
+        super_resolve_patches(engine, lr, 4, AdaptiveRouting(), log_costs, patch_batch_size=3)
+        for engine in (ReferenceEngine(model), NativeEngine(loaded(), model))
+    )
+    assert torch.equal(fast.classes, reference.classes)
+    assert fast.pixel_counts == reference.pixel_counts
+    torch.testing.assert_close(fast.sr, reference.sr, rtol=0, atol=1e-5)
+
+
+@has_compiler
+def test_weights_are_copied() -> None:
+    model = make_model("fsrcnn")
+    engine = NativeEngine(loaded(), model)
+    lr, classes = torch.rand(1, 3, 8, 8), torch.ones(1, 32, 32, dtype=torch.uint8)
+    feat, grid = engine.encode(lr), grid_of(lr, (32, 32))
+    before = engine.upsample(lr, feat, grid, classes).sr
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert torch.equal(engine.upsample(lr, feat, grid, classes).sr, before)
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,14 +359,4 @@ def test_kernels_that_are_wrong_are_not_used(
 
     monkeypatch.setattr(Library, "apply", wrong)
     assert type(make_engine(make_model("fsrcnn"))) is FastEngine
-    assert "margins are wrong; plain torch is used instead" in caplog.text
-
-
-@has_compiler
-def test_budget_of_small_images_is_met(tmp_path: Path) -> None:
-    """A strip is one LR row, so that even a small image has something to choose."""
-    model = make_model("carn")
-    restorer = PcsrRestorer(model, AdaptiveRouting())
-    cost = restorer.image_cost((9, 7), (36, 28)).cost
-    assert len(cost.strip_starts) == 9
-    assert np.all(np.diff(cost.strip_starts) == 4)
+    assert "residuals are wrong; plain torch is used instead" in caplog.text

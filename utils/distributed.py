@@ -81,6 +81,11 @@ def world(
     rank = int(os.environ["RANK"])
     try:
         _join(backend, patience)
+    except RuntimeError as error:
+        raise LostConnectionError(
+            f"process {rank} did not reach the others: {one_line(error)}"
+        ) from error
+    try:
         yield World(rank, size, device)
     except RuntimeError as error:
         if not _is_lost_connection(error):
@@ -89,12 +94,15 @@ def world(
             f"process {rank} lost the connection: another process of this run has ended"
         ) from error
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _join(backend: str, patience: timedelta) -> None:
-    """Join the group. torchrun keeps one store for all its starts, with their old addresses."""
+    """Join the group.
+
+    torchrun may keep one store for all its starts, in which their old addresses still stand. Each
+    start then has a part of its own, by its number: so machines have to start equally often.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, timeout=patience)
         return

@@ -270,8 +270,10 @@ def main() -> int:
         run_alone(request)
     os.environ["OMP_NUM_THREADS"] = share_out_cores(os.environ, processes)
     os.environ[LAUNCH_TIME] = str(time.time())
-    # Machines count their restarts each for itself, so that they cannot name a part of one store.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if "rdzv_endpoint" in words:
+        # Such machines need not start equally often: a new store for each start, see
+        # `utils.distributed`.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     return run_many(request, processes)
 
 

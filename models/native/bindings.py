@@ -17,7 +17,7 @@ from models.grid import PixelGrid
 from models.sampler import LIIFSampler
 from utils.errors import UserError
 
-_INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
+_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
 class _Layer(ctypes.Structure):
@@ -34,10 +34,10 @@ class _Mlp(ctypes.Structure):
 class _Job(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("h", "w", "channels", "H", "W", "scale")),
-        *((name, _POINTER) for name in ("feat", "first_out", "nearest")),
+        *((name, _POINTER) for name in ("feat", "first_out", "nearest", "first_col")),
         *(("mlps", _INT), ("mlp", ctypes.POINTER(_Mlp))),
         *((name, _POINTER) for name in ("classes", "out", "gain")),
-        *(("next", _INT), ("out_of_memory", _INT), ("macs", ctypes.c_int64)),
+        *(("next", _LONG), ("macs", _LONG)),
     )
 
 
@@ -74,10 +74,10 @@ class NativeMLP:
         (first, first_bias), *rest = [(w.float(), b.float()) for w, b in pairs]
         channels = sampler.in_dim
         layers: list[tuple[Tensor, Tensor | None]] = [(_in_tiles(first[:, :channels], tile), None)]
-        layers += [(_in_tiles(weight, tile), bias.contiguous()) for weight, bias in rest]
+        layers += [(_in_tiles(weight, tile), bias.clone()) for weight, bias in rest]
         widths = [channels, len(first), *(len(weight) for weight, _ in rest)]
-        geometry_4D = first[:, channels:].t().contiguous()
-        return cls(layers, widths, geometry_4D, first_bias.contiguous())
+        geometry_4D = first[:, channels:].t().clone()
+        return cls(layers, widths, geometry_4D, first_bias.clone())
 
     @property
     def out_dim(self) -> int:
@@ -85,7 +85,10 @@ class NativeMLP:
         return self.widths[-1]
 
     def flops(self, lr_pixels: int, pixels: int) -> int:
-        """Executed FLOPs: the first layer on LR pixels, the others on output pixels."""
+        """Executed FLOPs: the first layer on LR pixels, the others on output pixels.
+
+        Without those of lanes that fill a vector up: at most 31 pixels in a segment's last group.
+        """
         first, *rest = (a * b for a, b in itertools.pairwise(self.widths))
         return 2 * (lr_pixels * first + pixels * sum(rest))
 
@@ -117,10 +120,14 @@ def _in_tiles(weight_OI: Tensor, tile: int) -> Tensor:
 
 
 class Library:
-    """The compiled kernels.
+    """The compiled kernels. It holds addresses, and so cannot be copied or pickled.
 
     Args:
         path: see `models.native.compiler`.
+
+    Attributes:
+        tile: the most outputs that are computed at once.
+        group: pixels that fill the vectors.
 
     Raises:
         UserError: it cannot be loaded.
@@ -130,6 +137,8 @@ class Library:
         try:
             self._library = ctypes.CDLL(str(path))
             self.tile = int(self._library.pcsr_tile())
+            self.group = int(self._library.pcsr_group())
+            self._segment = int(self._library.pcsr_segment())
             self._work = self._library.pcsr_work
         except (OSError, AttributeError) as error:
             raise UserError(f"CPU kernels: {path} cannot be loaded ({error})") from error
@@ -153,25 +162,32 @@ class Library:
 
         Args:
             mlps: one, or with `classes_HW` one per class.
-            feat_hwC: float32, contiguous.
+            feat_hwC: float32.
             grid: of these LR rows.
-            out_OHW: float32, contiguous; overwritten, or with `classes_HW` added to.
-            classes_HW: uint8, contiguous: each pixel's MLP.
-            gain_O: factor of what is added.
+            out_OHW: float32; overwritten, or with `classes_HW` added to.
+            classes_HW: uint8: each pixel's MLP.
+            gain_O: float32, factor of what is added.
+
+        Raises:
+            ValueError: tensors of other shapes, types or devices than these, or not contiguous.
+            MemoryError: there is not enough for a few rows.
         """
-        h, w, channels = feat_hwC.shape
-        H, W = grid.out_size
-        keep: list[object] = []
+        (h, w), (H, W) = (grid.rows.lr_len, grid.cols.lr_len), grid.out_size
+        channels, outputs = mlps[0].widths[0], mlps[0].out_dim
+        _check("feat_hwC", feat_hwC, torch.float32, (h, w, channels))
+        _check("out_OHW", out_OHW, torch.float32, (outputs, H, W))
+        if classes_HW is not None and gain_O is not None:
+            _check("classes_HW", classes_HW, torch.uint8, (H, W))
+            _check("gain_O", gain_O, torch.float32, (outputs,))
+        keep: list[Tensor] = []
 
         def address(tensor: Tensor | None) -> int | None:
             if tensor is None:
                 return None
-            assert tensor.is_contiguous() and tensor.device.type == "cpu"
             keep.append(tensor)
             return tensor.data_ptr()
 
         structures = (_Mlp * len(mlps))(*(_mlp(mlp, grid, address) for mlp in mlps))
-        first_out = torch.searchsorted(grid.rows.nearest, torch.arange(h + 1), out_int32=True)
         job = _Job(
             h=h,
             w=w,
@@ -180,17 +196,21 @@ class Library:
             W=W,
             scale=grid.integer_scale or 0,
             feat=address(feat_hwC),
-            first_out=address(first_out),
+            first_out=address(_starts(grid.rows.nearest, torch.arange(h + 1))),
             nearest=address(grid.cols.nearest.int()),
+            first_col=address(
+                _starts(grid.cols.nearest, torch.arange(0, w + self._segment, self._segment))
+            ),
             mlps=len(mlps),
             mlp=structures,
             classes=address(classes_HW),
             out=address(out_OHW),
             gain=address(gain_O),
         )
-        self._run(job, min(torch.get_num_threads(), h))
-        if job.out_of_memory:
-            raise MemoryError("CPU kernels: out of memory")
+        tasks = h * -(-w // self._segment)
+        self._run(job, min(torch.get_num_threads(), tasks))
+        if job.next < tasks:
+            raise MemoryError("CPU kernels: not enough memory for a few rows")
         return 2 * int(job.macs)
 
     def _run(self, job: _Job, threads: int) -> None:
@@ -203,6 +223,18 @@ class Library:
         else:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda _: self._work(pointer), range(threads)))
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The kernels read and write what they are told to, whatever is there."""
+    found = (tensor.dtype, tuple(tensor.shape), tensor.device.type)
+    if found != (dtype, shape, "cpu") or not tensor.is_contiguous():
+        raise ValueError(f"CPU kernels: {name} is {found}, not contiguous {(dtype, shape, 'cpu')}")
+
+
+def _starts(nearest: Tensor, bounds: Tensor) -> Tensor:
+    """(len(bounds),) int32: the first output pixel whose nearest LR pixel is at least a bound."""
+    return torch.searchsorted(nearest, bounds, out_int32=True)
 
 
 def _mlp(mlp: NativeMLP, grid: PixelGrid, address: Callable[[Tensor | None], int | None]) -> _Mlp:

@@ -1,13 +1,18 @@
-"""Compiles pixel_mlp.c for this machine's processor, once."""
+"""Compiles pixel_mlp.c for this machine's processor, once, and loads it."""
 
+import contextlib
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from models.native.bindings import Library
+from utils.atomic import replace_file
+from utils.cli import one_line
 from utils.errors import UserError
 
 SOURCE = Path(__file__).with_name("pixel_mlp.c")
@@ -18,80 +23,110 @@ _TARGETS = (("-march=native",), ("-mcpu=native",), ())
 _TIMEOUT_S = 120
 
 
-def build() -> Path:
-    """The compiled library, from the cache folder where it has been compiled before.
+def load() -> Library:
+    """The compiled library; from a cache folder where it has been compiled before.
 
     Raises:
-        UserError: there is no compiler, it fails, or the result cannot be written anywhere.
+        UserError: there is no compiler, it fails, or there is no folder to keep the result in.
     """
-    compiler = os.environ.get("CC") or next(filter(shutil.which, _COMPILERS), None)
-    if compiler is None:
-        raise UserError(f"CPU kernels: no C compiler ({', '.join(_COMPILERS)}) was found")
-    name = f"pixel_mlp-{_fingerprint(compiler)}.so"
-    for folder in _folders():
-        path = folder / name
-        if path.is_file():
-            return path
-    source_error = ""
-    for folder in _folders():
+    name = f"pixel_mlp-{_fingerprint()}.so"
+    places = [folder / name for folder in _folders() if _is_ours(folder)]
+    for path in places:
+        if path.exists() and (kept := _loaded(path)) is not None:
+            return kept
+    reason = "no folder of this user's own to keep them in"
+    for path in places:
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return _compile(compiler, folder / name)
+            _compile(path)
         except OSError as error:
-            source_error = f"{folder}: {error.strerror or error}"
-    raise UserError(f"CPU kernels: nowhere to keep what was compiled ({source_error})")
+            reason = one_line(error)
+            continue
+        if (made := _loaded(path)) is not None:
+            return made
+        reason = f"{path} cannot be loaded"
+    raise UserError(f"CPU kernels: {reason}")
 
 
-def _folders() -> list[Path]:
-    """Where compiled libraries are kept: nobody else may be able to write there."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    cache = Path(home) if home else Path("~/.cache").expanduser()
-    return [cache / "pcsr", SOURCE.parent / "__pycache__"]
+def _loaded(path: Path) -> Library | None:
+    """None where a file is damaged, or its file system lets nothing be executed."""
+    try:
+        return Library(path)
+    except UserError:
+        return None
 
 
-def _fingerprint(compiler: str) -> str:
-    """Of source, compiler and processor: a home folder may be shared by different machines."""
-    facts = [SOURCE.read_text(encoding="utf-8"), repr((_FLAGS, _TARGETS)), _version(compiler)]
-    facts += [platform.machine(), platform.processor(), _processor_flags()]
+def _folders() -> Iterator[Path]:
+    """Where compiled libraries may be kept."""
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        cache = os.environ.get("XDG_CACHE_HOME")
+        yield (Path(cache) if cache else Path.home() / ".cache") / "pcsr"
+    yield SOURCE.parent / "__pycache__"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can put a library there. Made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError:
+        return False
+    if not hasattr(os, "getuid"):
+        return True
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _fingerprint() -> str:
+    """Of source, flags and processor: a home folder may be shared by different machines."""
+    facts = [SOURCE.read_text(encoding="utf-8"), repr((_FLAGS, _TARGETS))]
+    facts += [platform.system(), platform.machine(), _processor()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
-def _version(compiler: str) -> str:
-    ended = _run([compiler, "--version"])
-    return ended.stdout
-
-
-def _processor_flags() -> str:
+def _processor() -> str:
     """Model and instruction sets where Linux tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return ""
+        return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _compile(compiler: str, path: Path) -> Path:
-    """Compile to `path`, which appears whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    written = Path(name)
-    try:
-        for target in _TARGETS:
-            ended = _run([compiler, *_FLAGS, *target, str(SOURCE), "-o", name])
-            if ended.returncode == 0:
-                written.replace(path)
-                return path
-    finally:
-        written.unlink(missing_ok=True)
-    reason = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[0]
-    raise UserError(f"CPU kernels: {compiler} does not compile them ({reason})")
+def _compilers() -> Iterator[list[str]]:
+    """Commands to try: the one that CC names, then the usual ones."""
+    if named := shlex.split(os.environ.get("CC", "")):
+        yield named
+    yield from ([name] for name in _COMPILERS if shutil.which(name))
 
 
-def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
+def _compile(path: Path) -> None:
+    """Compile to `path`, which appears whole or not at all.
+
+    Raises:
+        UserError: there is no compiler, or none compiles.
+        OSError: `path` cannot be written.
+    """
+    reason = f"no C compiler ({', '.join(_COMPILERS)}) was found"
+    with replace_file(path) as temporary:
+        for compiler in _compilers():
+            for target in _TARGETS:
+                words = [*compiler, *_FLAGS, *target, str(SOURCE), "-o", str(temporary)]
+                failure = _failure(words)
+                if failure is None:
+                    temporary.chmod(0o700)
+                    return
+                reason = f"{compiler[0]} does not compile them ({failure})"
+        raise UserError(f"CPU kernels: {reason}")
+
+
+def _failure(words: list[str]) -> str | None:
+    """Run a compiler; what went wrong, on one line."""
     try:
-        return subprocess.run(
+        ended = subprocess.run(
             words, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"CPU kernels: {words[0]} does not run ({error})") from error
+        return one_line(error)
+    if ended.returncode == 0:
+        return None
+    return (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[0]

@@ -1,11 +1,11 @@
 /* Pixel-level MLPs on a CPU: first layer, position, all layers and the scatter in one pass.
  *
- * One task is one LR row: its features are transposed to channels by pixels, the first layer's
+ * One task is a segment of an LR row: its features are transposed to channels by pixels, the first layer's
  * product is computed on them, and then the output pixels go through the other layers in groups
  * that fit the vector registers, with activations that never leave the first-level cache. A product
  * is a tile of T outputs by V vectors of pixels, held in registers; the weights of a tile lie in the
  * order in which it reads them. No array of the output's size is made, and nothing is gathered
- * where all pixels of a row are computed.
+ * where all pixels of a segment are computed.
  *
  * Axes: C channels, D width of the first layer, O outputs, h w LR, H W output, P terms.
  */
@@ -51,21 +51,21 @@ typedef struct {
     const float *feat;        /* (h, w, C) */
     const int32_t *first_out; /* (h + 1,) output rows of LR row r: first_out[r] to first_out[r+1] */
     const int32_t *nearest;   /* (W,) LR column */
+    const int32_t *first_col; /* (segments + 1,) first output column of each segment */
     int32_t mlps;             /* light to heavy; to classify, one */
     const Mlp *mlp;
     const uint8_t *classes;   /* (H, W); null to classify */
     float *out;               /* (O, H, W): overwritten to classify, added to otherwise */
     const float *gain;        /* (O,) factor of what is added */
-    int32_t next;             /* the next LR row that no thread has taken */
-    int32_t out_of_memory;
-    int64_t macs;             /* multiply-adds that were executed */
+    int64_t next;             /* the next task that no thread has taken */
+    int64_t macs;             /* multiply-adds, without those of lanes that fill a vector */
 } Job;
 
 /* Where an output pixel of a group lies. */
 typedef struct {
     int32_t source; /* LR column, from the segment's first */
     int32_t term;
-    int32_t pixel; /* H W, row-major */
+    int64_t pixel; /* H W, row-major */
 } Pixel;
 
 typedef struct {
@@ -77,6 +77,8 @@ typedef struct {
 } Scratch;
 
 int32_t pcsr_tile(void) { return TILE; }
+int32_t pcsr_group(void) { return GROUP; }
+int32_t pcsr_segment(void) { return SEGMENT; }
 
 static inline int32_t tiles(int32_t outputs) { return (outputs + TILE - 1) / TILE; }
 
@@ -234,18 +236,18 @@ static void transpose(const Job *job, int32_t r, int32_t q0, int32_t count, floa
         for (int32_t q = count; q < full; q++) to[c * STRIDE + q] = 0.0f;
 }
 
-/* The pixels of class `wanted` (any where negative) in one output row of a segment, from X on. */
-static int32_t list_pixels(const Job *job, int32_t row, int32_t X, int32_t q0, int32_t q1,
-                           int wanted, int32_t first_row, Pixel *pixels) {
-    const uint8_t *classes = job->classes ? job->classes + (int64_t)row * job->W : NULL;
-    const int32_t scale = job->scale;
+/* The pixels of class `wanted` (any where negative) in one output row of a segment. */
+static int32_t list_pixels(const Job *job, int32_t row, int32_t segment, int wanted,
+                           int32_t first_row, Pixel *pixels) {
+    const int64_t start = (int64_t)row * job->W;
+    const int32_t scale = job->scale, last = job->first_col[segment + 1];
     int32_t count = 0;
-    for (; X < job->W && job->nearest[X] < q1; X++) {
-        if (wanted >= 0 && classes[X] != wanted) continue;
+    for (int32_t X = job->first_col[segment]; X < last; X++) {
+        if (wanted >= 0 && job->classes[start + X] != wanted) continue;
         const int32_t q = job->nearest[X];
-        pixels[count].source = q - q0;
+        pixels[count].source = q - segment * SEGMENT;
         pixels[count].term = scale ? (row - first_row) * scale + X - q * scale : X;
-        pixels[count].pixel = row * job->W + X;
+        pixels[count].pixel = start + X;
         count++;
     }
     return count;
@@ -256,31 +258,30 @@ static int occurs(const Job *job, int32_t first, int32_t last, int wanted) {
     return size && memchr(job->classes + (int64_t)first * job->W, wanted, size) != NULL;
 }
 
-/* One MLP on its pixels of an LR row: on all of them as the lightest or the classifier. */
-static void run_row(const Job *job, int32_t r, int32_t j, Scratch *s) {
+/* One MLP on its pixels of a segment: on all of them as the lightest or the classifier. It is run
+ * where any pixel of the whole row is of its class, which is what the cost of an image counts. */
+static void run_segment(const Job *job, int32_t r, int32_t segment, int32_t j, Scratch *s) {
     const Mlp *mlp = &job->mlp[j];
     const int32_t first = job->first_out[r], last = job->first_out[r + 1];
     if (first == last || (job->classes && !occurs(job, first, last, j))) return;
-    for (int32_t q0 = 0, X = 0; q0 < job->w; q0 += SEGMENT) {
-        const int32_t count = job->w - q0 < SEGMENT ? job->w - q0 : SEGMENT;
-        transpose(job, r, q0, count, s->feat);
-        for (int32_t q = 0; q < count; q += GROUP)
-            apply(&mlp->layer[0], s->feat + q, STRIDE, s->first + q, STRIDE, 0);
-        count_macs(mlp, 0, count, s);
-        if (job->scale && j == 0) {
-            phases(job, mlp, r, q0, count, s);
-            continue;
+    const int32_t q0 = segment * SEGMENT;
+    const int32_t count = job->w - q0 < SEGMENT ? job->w - q0 : SEGMENT;
+    transpose(job, r, q0, count, s->feat);
+    for (int32_t q = 0; q < count; q += GROUP)
+        apply(&mlp->layer[0], s->feat + q, STRIDE, s->first + q, STRIDE, 0);
+    count_macs(mlp, 0, count, s);
+    if (job->scale && j == 0) {
+        phases(job, mlp, r, q0, count, s);
+        return;
+    }
+    const int wanted = job->classes ? j : -1;
+    int32_t listed = 0;
+    for (int32_t row = first; row < last; row++) {
+        listed += list_pixels(job, row, segment, wanted, first, s->pixels + listed);
+        if (!job->scale || row + 1 == last) {
+            scattered(job, mlp, row, listed, s);
+            listed = 0;
         }
-        const int wanted = job->classes ? j : -1;
-        int32_t listed = 0;
-        for (int32_t row = first; row < last; row++) {
-            listed += list_pixels(job, row, X, q0, q0 + count, wanted, first, s->pixels + listed);
-            if (!job->scale || row + 1 == last) {
-                scattered(job, mlp, row, listed, s);
-                listed = 0;
-            }
-        }
-        while (X < job->W && job->nearest[X] < q0 + count) X++;
     }
 }
 
@@ -296,11 +297,15 @@ static int32_t widest(const Job *job) {
     return most;
 }
 
-/* Works on LR rows until all are taken: to be called by each thread. */
+/* Works on tasks until all are taken: to be called by each thread. Where one has no memory, the
+ * others do its work; `next` tells whether any did. */
 void pcsr_work(void *argument) {
     Job *job = argument;
-    const size_t width = widest(job);
-    const size_t most = (size_t)job->W * (job->scale ? job->scale : 1);
+    const int32_t segments = (job->w + SEGMENT - 1) / SEGMENT;
+    const int64_t tasks = (int64_t)job->h * segments;
+    const size_t width = widest(job), scale = job->scale;
+    const size_t columns = job->w < SEGMENT ? job->w : SEGMENT;
+    const size_t most = scale ? columns * scale * scale : (size_t)job->W;
     Scratch s = {
         .feat = allocate(sizeof(float) * job->channels * STRIDE),
         .first = allocate(sizeof(float) * width * STRIDE),
@@ -310,13 +315,12 @@ void pcsr_work(void *argument) {
     };
     if (s.feat && s.first && s.x && s.y && s.pixels) {
         for (;;) {
-            const int32_t r = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-            if (r >= job->h) break;
-            for (int32_t j = 0; j < job->mlps; j++) run_row(job, r, j, &s);
+            const int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+            if (task >= tasks) break;
+            for (int32_t j = 0; j < job->mlps; j++)
+                run_segment(job, task / segments, task % segments, j, &s);
         }
         __atomic_fetch_add(&job->macs, s.macs, __ATOMIC_RELAXED);
-    } else {
-        job->out_of_memory = 1;
     }
     free(s.feat);
     free(s.first);
