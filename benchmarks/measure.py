@@ -24,7 +24,7 @@ from utils.machine import Timer, describe, peak_memory_bytes, reset_peak_memory
 Key = TypeVar("Key", bound=Hashable)
 Step = TypeVar("Step")
 
-_PRODUCT_REPEATS = 9
+_PRODUCT_REPEATS = 31
 _PRODUCT_LIMIT_S = 4.0
 
 

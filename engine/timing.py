@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The part that is measured: at least so many LR pixels, and more until a run takes so long.
-_LEAST_PX = 8192
+# The part that is measured: at least so many LR pixels (as an encoder's run of rows has), and more
+# until a run takes so long.
+_LEAST_PX = 16384
 _LEAST_S = 0.03
-# It is measured once, and again up to so often until so much time has passed.
-_ROUNDS = 3
-_ENOUGH_S = 0.3
+# It is measured twice, as the first time is slower, and again up to so often until so much time has
+# passed.
+_LEAST_ROUNDS = 2
+_ROUNDS = 4
+_ENOUGH_S = 0.4
 
 # Beyond this share of the budget a delay is worth a warning.
 _LATE = 0.1
@@ -116,11 +119,12 @@ class _Sample:
     after_s: float
 
     @classmethod
-    def median(cls, samples: Sequence["_Sample"]) -> "_Sample":
+    def typical(cls, samples: Sequence["_Sample"]) -> "_Sample":
+        """Of few: the lower median, as what disturbs a measurement makes it longer."""
         return cls(
-            statistics.median(sample.before_s for sample in samples),
-            statistics.median(sample.routing_s for sample in samples),
-            statistics.median(sample.after_s for sample in samples),
+            statistics.median_low([sample.before_s for sample in samples]),
+            statistics.median_low([sample.routing_s for sample in samples]),
+            statistics.median_low([sample.after_s for sample in samples]),
         )
 
 
@@ -177,7 +181,7 @@ class PixelTimes:
 def measure_times(restorer: "PcsrRestorer", lr: Tensor, size: tuple[int, int]) -> ImageTimes:
     """Measure on a horizontal band of an image what the whole of it will take.
 
-    The band is run with each upsampler everywhere and with a mixture, up to three times each.
+    The band is run with each upsampler everywhere and with a mixture, two to four times each.
 
     Args:
         restorer: what will run the image.
@@ -193,13 +197,13 @@ def measure_times(restorer: "PcsrRestorer", lr: Tensor, size: tuple[int, int]) -
     probes.append(_Probe(BudgetRouting(part.cost, half_way)))
     rounds: list[list[_Sample]] = []
     end_s = time.perf_counter() + _ENOUGH_S
-    while not rounds or (len(rounds) < _ROUNDS and time.perf_counter() < end_s):
+    while len(rounds) < _LEAST_ROUNDS or (len(rounds) < _ROUNDS and time.perf_counter() < end_s):
         rounds.append([_run(restorer, band, band_size, probe) for probe in probes])
-    *pure, mixed = (_Sample.median(samples) for samples in zip(*rounds, strict=True))
+    *pure, mixed = (_Sample.typical(samples) for samples in zip(*rounds, strict=True))
     counts = count_rows(probes[-1].chosen, upsamplers)
     pixel_times = PixelTimes.fit(part, [each.after_s for each in pure], mixed.after_s, counts)
     factor = image.pixels / part.pixels
-    before_s = factor * statistics.median(sample.before_s for row in rounds for sample in row)
+    before_s = factor * statistics.median_low([s.before_s for row in rounds for s in row])
     routing_s = factor * mixed.routing_s
     again_s = 0.0
     if restorer.encoder_passes((lr.shape[-2], lr.shape[-1])) > 1:
