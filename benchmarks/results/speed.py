@@ -34,7 +34,7 @@ LR_SIZE = (276, 420)
 TIMED_SET = "BSD100"
 EVERY = 10
 
-IMAGE_ROUNDS = 3
+IMAGE_ROUNDS = 7
 
 ORIGINALS: tuple[Variant, ...] = ("original", "original_optimized")
 # Memory depends on whether an image is routed as a whole, not on where its pixels go.
