@@ -231,6 +231,7 @@ class _Rest:
 
     @classmethod
     def gather(cls, kappa_BKHW: Tensor, fits: _Trial, exceeds: _Trial) -> "_Rest":
+        """Of an image's (B, K, H, W) float32: what `exceeds` raises and `fits` does not."""
         values, places = [], []
         H = kappa_BKHW.shape[2]
         for rows in row_chunks(kappa_BKHW):

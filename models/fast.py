@@ -83,10 +83,12 @@ class FastEngine:
         self.run_px = run_px or RUN_PX * (1 if dtype == torch.float32 else 2)
 
     def encode(self, lr: Tensor) -> Tensor:
+        """See `models.inference.Engine`."""
         x = self.norm.normalise(lr).to(self.encoder.input_dtype)
         return self.encoder(x.contiguous(memory_format=torch.channels_last))
 
     def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
+        """See `models.inference.Engine`."""
         stream = self.encoder.stream()
         if stream is None:
             yield self.encode(lr)
@@ -100,6 +102,7 @@ class FastEngine:
                 yield rows.permute(0, 3, 1, 2)
 
     def run_rows(self, lr_size: tuple[int, int]) -> list[int]:
+        """See `models.inference.Engine`."""
         h, w = lr_size
         if self.encoder.stream() is None:
             return [h]
@@ -113,6 +116,7 @@ class FastEngine:
         return h if h * w <= 2 * self.run_px else max(1, self.run_px // w)
 
     def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
+        """See `models.inference.Engine`."""
         lasts = itertools.accumulate(run_rows)
         parts = (grid.part(last - r, last)[0] for last, r in zip(lasts, run_rows, strict=True))
         strips = [strip for part in parts for strip in self._strip_sizes(part)]
@@ -138,6 +142,7 @@ class FastEngine:
         )
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
+        """See `models.inference.Engine`."""
         packed = self.classifier
         outputs = packed.out_dim if packed else 0
         shape = (len(feat_BChw), outputs, *grid.out_size)
@@ -156,6 +161,7 @@ class FastEngine:
     def upsample(
         self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
     ) -> Upsampled:
+        """See `models.inference.Engine`."""
         sr = grid.bilinear(lr)
         work = _Work(len(self.upsamplers))
         scale = grid.integer_scale

@@ -81,6 +81,7 @@ class FusedEngine(FastEngine):
         self._check(model.encoder.out_dim, device)
 
     def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
+        """See `models.inference.Engine`."""
         lr_pixels = grid.rows.lr_len * grid.cols.lr_len
         H, W = grid.out_size
         fixed = sum(mlp.flops(lr_pixels, 0) for mlp in self.upsampler_mlps)
@@ -94,6 +95,7 @@ class FusedEngine(FastEngine):
         )
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
+        """See `models.inference.Engine`."""
         mlp = self.classifier_mlp
         if mlp is None:
             return super().classify(feat_BChw, grid)
@@ -105,6 +107,7 @@ class FusedEngine(FastEngine):
     def upsample(
         self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
     ) -> Upsampled:
+        """See `models.inference.Engine`."""
         (H, W), (batch, _, h, w) = grid.out_size, feat_BChw.shape
         sr = lr.new_empty(batch, 3, H, W, dtype=torch.float32)
         skip = Skip(lr.float().contiguous(), self.norm.std.flatten())

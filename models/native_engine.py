@@ -1,7 +1,7 @@
 """The engine for CPUs: :class:`FastEngine` with classifier and upsamplers as compiled kernels.
 
-Each LR row is one task: classifier, or upsamplers on the pixels of their class, from the features
-to the sum with the bilinear LR, without an array in between (`models.native`).
+A segment of an LR row is one task: classifier, or upsamplers on the pixels of their class, from
+the features to the sum with the bilinear LR, without an array in between (`models.native`).
 
 Axes: B batch, C channels, h w LR, H W output, M upsamplers, K = M - 1 margins.
 """
@@ -62,6 +62,7 @@ class NativeEngine(FastEngine):
         self._check(model)
 
     def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
+        """See `models.inference.Engine`."""
         w, (H, W) = grid.cols.lr_len, grid.out_size
         # A strip is what one LR row gives; at scales below 1 some give nothing.
         starts = np.unique(grid.rows.nearest.numpy(), return_index=True)[1]
@@ -80,33 +81,26 @@ class NativeEngine(FastEngine):
         )
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
+        """See `models.inference.Engine`."""
         mlp = self._classifier
         if mlp is None:
             return super().classify(feat_BChw, grid)
         shape = (len(feat_BChw), mlp.out_dim, *grid.out_size)
         margins_BKHW = torch.empty(shape, dtype=torch.float32)
-        flops = sum(
-            self._library.apply([mlp], feat_hwC, grid, margins_KHW)
-            for feat_hwC, margins_KHW in zip(_rows_of(feat_BChw), margins_BKHW, strict=True)
-        )
-        return margins_BKHW, flops
+        return margins_BKHW, self._library.apply([mlp], _rows_of(feat_BChw), grid, margins_BKHW)
 
     def upsample(
         self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
     ) -> Upsampled:
+        """See `models.inference.Engine`."""
         sr = grid.bilinear(lr.float())
-        flops = sum(
-            self._library.apply(
-                self._upsamplers,
-                feat_hwC,
-                grid,
-                sr_3HW,
-                classes_HW=classes_HW.contiguous(),
-                gain_O=self._gain,
-            )
-            for feat_hwC, sr_3HW, classes_HW in zip(
-                _rows_of(feat_BChw), sr, classes_BHW, strict=True
-            )
+        flops = self._library.apply(
+            self._upsamplers,
+            _rows_of(feat_BChw),
+            grid,
+            sr,
+            classes_BHW=classes_BHW.contiguous(),
+            gain_O=self._gain,
         )
         counts = [int((classes_BHW == j).sum()) for j in range(1, len(self._upsamplers))]
         return Upsampled(sr, [classes_BHW.numel() - sum(counts), *counts], flops)

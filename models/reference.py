@@ -37,15 +37,19 @@ class ReferenceEngine:
         self.pixel_batch_size = min(pixel_batch_size, _MOST_ON_CPU) if on_cpu else pixel_batch_size
 
     def encode(self, lr: Tensor) -> Tensor:
+        """See `models.inference.Engine`."""
         return self.model.encode(lr)
 
     def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
+        """See `models.inference.Engine`."""
         yield self.encode(lr)
 
     def run_rows(self, lr_size: tuple[int, int]) -> list[int]:
+        """See `models.inference.Engine`."""
         return [lr_size[0]]
 
     def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
+        """See `models.inference.Engine`."""
         (H, W), classifier = grid.out_size, self.model.classifier
         upsamplers = self.model.upsamplers
         return UpsamplingCost(
@@ -56,6 +60,7 @@ class ReferenceEngine:
         )
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
+        """See `models.inference.Engine`."""
         (H, W), batch = grid.out_size, len(feat_BChw)
         classifier = self.model.classifier
         if classifier is None:
@@ -69,6 +74,7 @@ class ReferenceEngine:
     def upsample(
         self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
     ) -> Upsampled:
+        """See `models.inference.Engine`."""
         residual_BQ3 = feat_BChw.new_zeros(*classes_BHW.flatten(1).shape, 3)
         counts, flops = [], 0
         for index, upsampler in enumerate(self.model.upsamplers):

@@ -77,6 +77,7 @@ class KRouting:
             raise UserError(f"--k {self.k}: k must be a finite number")
 
     def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        """See :class:`Routing`."""
         _check_count(margins_BKHW, log_costs_M)
         k = max(-_MAX_K, min(self.k, _MAX_K))
         # Scores relative to the lightest upsampler, whose own score is 0.
@@ -101,6 +102,7 @@ class FixedRouting:
     index: int
 
     def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        """See :class:`Routing`."""
         _check_count(margins_BKHW, log_costs_M)
         index = range(len(log_costs_M))[self.index]
         return _all_light(margins_BKHW).fill_(index)
@@ -121,6 +123,7 @@ class AdaptiveRouting:
     is_global: ClassVar[bool] = True
 
     def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
+        """See :class:`Routing`."""
         _check_count(margins_BKHW, log_costs_M)
         if len(log_costs_M) != 2:
             raise UserError(

@@ -1,6 +1,7 @@
 """The fast engine gives what the reference engine gives."""
 
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from models import native
 from models.backbones.base import SRNetwork
 from models.compiled import CompiledEncoder
 from models.fast import FastEngine
-from models.inference import Engine, super_resolve, super_resolve_patches
+from models.inference import Engine, SRResult, super_resolve, super_resolve_patches
 from models.native_engine import NativeEngine
 from models.optimized import OptimizedOriginal
 from models.pcsr import PCSR
@@ -72,13 +73,18 @@ def grid_of(lr: torch.Tensor, size: tuple[int, int]) -> models.pcsr.PixelGrid:
 def check_equal(model: PCSR, lr: torch.Tensor, size: tuple[int, int], routing: Routing) -> None:
     """All engines: same classes, counts and picture."""
     log_costs = PcsrCost.of(model).log_costs((lr.shape[-2], lr.shape[-1]), size)
+    check_engines(model, lambda engine: super_resolve(engine, lr, size, routing, log_costs))
+
+
+def check_engines(model: PCSR, infer: Callable[[Engine], SRResult]) -> None:
+    """Compare what the engines infer with what the reference engine does."""
     # Small blocks, so that these small images have many.
     engines: list[Engine] = [FastEngine(model, block_px=40, chunk_px=60, run_px=15)]
     if (library := native.library()) is not None:
         engines.append(NativeEngine(library, model, run_px=15))
-    reference = super_resolve(ReferenceEngine(model), lr, size, routing, log_costs)
+    reference = infer(ReferenceEngine(model))
     for engine in engines:
-        fast = super_resolve(engine, lr, size, routing, log_costs)
+        fast = infer(engine)
         assert torch.equal(fast.classes, reference.classes)
         assert fast.pixel_counts == reference.pixel_counts
         torch.testing.assert_close(fast.sr, reference.sr, rtol=0, atol=1e-5)
@@ -117,17 +123,17 @@ def test_data_norm_with_std() -> None:
     check_equal(model, torch.rand(1, 3, 9, 7), (36, 28), KRouting(0.0))
 
 
-def test_patches() -> None:
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_patches(batch_size: int) -> None:
     model = make_model("carn")
-    lr = torch.rand(1, 3, 60, 32)
+    lr = torch.rand(1, 3, 60, 60)
     log_costs = PcsrCost.of(model).log_costs((32, 32), (128, 128))
-    reference, fast = (
-        super_resolve_patches(engine, lr, 4, AdaptiveRouting(), log_costs, patch_batch_size=1)
-        for engine in (ReferenceEngine(model), FastEngine(model))
+    check_engines(
+        model,
+        lambda engine: super_resolve_patches(
+            engine, lr, 4, AdaptiveRouting(), log_costs, patch_batch_size=batch_size
+        ),
     )
-    assert torch.equal(fast.classes, reference.classes)
-    assert fast.pixel_counts == reference.pixel_counts
-    torch.testing.assert_close(fast.sr, reference.sr, rtol=0, atol=1e-5)
 
 
 def test_executed_flops_are_those_of_the_matrix_products() -> None:

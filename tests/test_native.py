@@ -15,15 +15,14 @@ from engine.restore import make_engine
 from models import native
 from models.cost import count_rows
 from models.fast import FastEngine
-from models.inference import super_resolve, super_resolve_patches
+from models.inference import super_resolve
 from models.native import compiler, library
 from models.native.bindings import Library, NativeMLP
 from models.native_engine import NativeEngine
 from models.reference import ReferenceEngine
-from models.routing import AdaptiveRouting, FixedRouting, KRouting
+from models.routing import FixedRouting, KRouting
 from tests.test_fast import check_equal, grid_of, make_model
 from utils.errors import UserError
-from utils.flops import PcsrCost
 
 has_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("cc", "gcc", "clang")),
@@ -252,11 +251,11 @@ def test_a_compiler_that_fails(fresh: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("feat_hwC", torch.zeros(8, 8, 12, dtype=torch.float16)),
-        ("feat_hwC", torch.zeros(8, 7, 12)),
-        ("feat_hwC", torch.zeros(8, 12, 8).transpose(1, 2)),
-        ("out_OHW", torch.zeros(3, 32, 31)),
-        ("classes_HW", torch.zeros(32, 32, dtype=torch.int64)),
+        ("feat_BhwC", torch.zeros(1, 8, 8, 12, dtype=torch.float16)),
+        ("feat_BhwC", torch.zeros(1, 8, 7, 12)),
+        ("feat_BhwC", torch.zeros(1, 8, 12, 8).transpose(2, 3)),
+        ("out_BOHW", torch.zeros(1, 3, 32, 31)),
+        ("classes_BHW", torch.zeros(1, 32, 32, dtype=torch.int64)),
         ("gain_O", torch.zeros(2)),
     ],
 )
@@ -264,9 +263,9 @@ def test_other_tensors_than_the_kernels_read_are_refused(name: str, value: torch
     kernels = loaded()
     mlps = [NativeMLP.pack(sampler, kernels.tile) for sampler in make_model("fsrcnn").upsamplers]
     tensors = {
-        "feat_hwC": torch.zeros(8, 8, 12),
-        "out_OHW": torch.zeros(3, 32, 32),
-        "classes_HW": torch.zeros(32, 32, dtype=torch.uint8),
+        "feat_BhwC": torch.zeros(1, 8, 8, 12),
+        "out_BOHW": torch.zeros(1, 3, 32, 32),
+        "classes_BHW": torch.zeros(1, 32, 32, dtype=torch.uint8),
         "gain_O": torch.ones(3),
     }
     grid = grid_of(torch.zeros(1, 3, 8, 8), (32, 32))
@@ -307,20 +306,6 @@ def test_batches_features_of_any_layout_and_parts_without_rows(size: tuple[int, 
     assert rows == slice(0, 0)
     nothing = engine.upsample(lr[:1], feat[:1, :, :1], empty, classes[:1, :0, :28])
     assert nothing.sr.shape == (1, 3, 0, 28) and nothing.flops == 0
-
-
-@has_compiler
-def test_patches_of_a_batch() -> None:
-    model = make_model("carn")
-    lr = torch.rand(1, 3, 60, 60)
-    log_costs = PcsrCost.of(model).log_costs((32, 32), (128, 128))
-    reference, fast = (
-        super_resolve_patches(engine, lr, 4, AdaptiveRouting(), log_costs, patch_batch_size=3)
-        for engine in (ReferenceEngine(model), NativeEngine(loaded(), model))
-    )
-    assert torch.equal(fast.classes, reference.classes)
-    assert fast.pixel_counts == reference.pixel_counts
-    torch.testing.assert_close(fast.sr, reference.sr, rtol=0, atol=1e-5)
 
 
 @has_compiler

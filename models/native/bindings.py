@@ -151,21 +151,21 @@ class Library:
     def apply(
         self,
         mlps: Sequence[NativeMLP],
-        feat_hwC: Tensor,
+        feat_BhwC: Tensor,
         grid: PixelGrid,
-        out_OHW: Tensor,
+        out_BOHW: Tensor,
         *,
-        classes_HW: Tensor | None = None,
+        classes_BHW: Tensor | None = None,
         gain_O: Tensor | None = None,
     ) -> int:
         """Every output pixel through an MLP; returns the executed FLOPs.
 
         Args:
-            mlps: one, or with `classes_HW` one per class.
-            feat_hwC: float32.
+            mlps: one, or with `classes_BHW` one per class.
+            feat_BhwC: float32.
             grid: of these LR rows.
-            out_OHW: float32; overwritten, or with `classes_HW` added to.
-            classes_HW: uint8: each pixel's MLP.
+            out_BOHW: float32; overwritten, or with `classes_BHW` added to.
+            classes_BHW: uint8: each pixel's MLP.
             gain_O: float32, factor of what is added.
 
         Raises:
@@ -173,11 +173,11 @@ class Library:
             MemoryError: there is not enough for a few rows.
         """
         (h, w), (H, W) = (grid.rows.lr_len, grid.cols.lr_len), grid.out_size
-        channels, outputs = mlps[0].widths[0], mlps[0].out_dim
-        _check("feat_hwC", feat_hwC, torch.float32, (h, w, channels))
-        _check("out_OHW", out_OHW, torch.float32, (outputs, H, W))
-        if classes_HW is not None and gain_O is not None:
-            _check("classes_HW", classes_HW, torch.uint8, (H, W))
+        batch, channels, outputs = len(feat_BhwC), mlps[0].widths[0], mlps[0].out_dim
+        _check("feat_BhwC", feat_BhwC, torch.float32, (batch, h, w, channels))
+        _check("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
+        if classes_BHW is not None and gain_O is not None:
+            _check("classes_BHW", classes_BHW, torch.uint8, (batch, H, W))
             _check("gain_O", gain_O, torch.float32, (outputs,))
         keep: list[Tensor] = []
 
@@ -195,7 +195,6 @@ class Library:
             H=H,
             W=W,
             scale=grid.integer_scale or 0,
-            feat=address(feat_hwC),
             first_out=address(_starts(grid.rows.nearest, torch.arange(h + 1))),
             nearest=address(grid.cols.nearest.int()),
             first_col=address(
@@ -203,14 +202,16 @@ class Library:
             ),
             mlps=len(mlps),
             mlp=structures,
-            classes=address(classes_HW),
-            out=address(out_OHW),
             gain=address(gain_O),
         )
         tasks = h * -(-w // self._segment)
-        self._run(job, min(torch.get_num_threads(), tasks))
-        if job.next < tasks:
-            raise MemoryError("CPU kernels: not enough memory for a few rows")
+        for image in range(batch):
+            job.feat, job.out = feat_BhwC[image].data_ptr(), out_BOHW[image].data_ptr()
+            job.classes = None if classes_BHW is None else classes_BHW[image].data_ptr()
+            job.next = 0
+            self._run(job, min(torch.get_num_threads(), tasks))
+            if job.next < tasks:
+                raise MemoryError("CPU kernels: not enough memory for a few rows")
         return 2 * int(job.macs)
 
     def _run(self, job: _Job, threads: int) -> None:
