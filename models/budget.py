@@ -163,10 +163,11 @@ class _Raising:
     def _guesses(self, share: float) -> list[int]:
         """Keys of two thresholds that likely lie on both sides of where `share` is raised."""
         values = self.kappa_BKHW.flatten()
-        sample = values[:: 1 + len(values) // _GATHERED]
-        ranks = [round((1 - share + shift) * len(sample)) for shift in (-_DOUBT, _DOUBT)]
-        ranks = [min(max(rank, 1), len(sample)) for rank in ranks]
-        return [_key_of(sample.kthvalue(rank).values.item()) for rank in ranks]
+        # Both ranks at once: kthvalue takes each time as long (measured: 2 ms of 9 for 160,000 pixels).
+        sample = values[:: 1 + len(values) // _GATHERED].cpu().numpy()
+        ranks = [round((1 - share + shift) * len(sample)) - 1 for shift in (-_DOUBT, _DOUBT)]
+        ranks = [min(max(rank, 0), len(sample) - 1) for rank in ranks]
+        return [_key_of(float(value)) for value in np.partition(sample, ranks)[ranks]]
 
     def _trial(self, key: int) -> "_Trial":
         threshold = _float_of(key)
