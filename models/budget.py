@@ -163,7 +163,7 @@ class _Raising:
     def _guesses(self, share: float) -> list[int]:
         """Keys of two thresholds that likely lie on both sides of where `share` is raised."""
         values = self.kappa_BKHW.flatten()
-        # Both ranks at once: kthvalue takes each time as long (measured: 2 ms of 9 for 160,000 pixels).
+        # Both at once: with kthvalue, one after the other, 2 ms more (of 9, for 160,000 pixels).
         sample = values[:: 1 + len(values) // _GATHERED].cpu().numpy()
         ranks = [round((1 - share + shift) * len(sample)) - 1 for shift in (-_DOUBT, _DOUBT)]
         ranks = [min(max(rank, 0), len(sample) - 1) for rank in ranks]
