@@ -218,19 +218,27 @@ class _KeptFeatures:
 
     def __init__(self, like: Tensor, height: int) -> None:
         _, channels, _, width = like.shape
-        self._rows = like.new_empty(1, height, width, channels)
+        # In the order of memory that they come in.
+        self._by_channel = like.stride(3) == 1
+        shape = (channels, width) if self._by_channel else (width, channels)
+        self._rows = like.new_empty(1, height, *shape)
         self._ends = [0]
 
     def add(self, feat_1Crw: Tensor) -> None:
         """Keep the next run of rows."""
         start = self._ends[-1]
         self._ends.append(start + feat_1Crw.shape[2])
-        self._rows[:, start : self._ends[-1]] = feat_1Crw.permute(0, 2, 3, 1)
+        self._view(start, self._ends[-1]).copy_(feat_1Crw)
 
     def runs(self) -> Iterator[Tensor]:
         """The runs as they came."""
         for start, end in pairwise(self._ends):
-            yield self._rows[:, start:end].permute(0, 3, 1, 2)
+            yield self._view(start, end)
+
+    def _view(self, start: int, end: int) -> Tensor:
+        """(1, C, r, w)."""
+        order = (0, 2, 1, 3) if self._by_channel else (0, 3, 1, 2)
+        return self._rows[:, start:end].permute(order)
 
 
 def _summed(counts: Sequence[Sequence[int]]) -> list[int]:

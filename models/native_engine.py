@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import native
 from models.cost import UpsamplingCost
 from models.fast import FastEngine
 from models.grid import PixelGrid
@@ -21,9 +22,6 @@ from models.pcsr import PCSR
 from models.routing import relative_to_lightest
 from models.streams import Encoder
 from utils.errors import UserError
-
-# Of what the kernels compute, relative to plain torch.
-_TOLERANCE = 1e-4
 
 
 class NativeEngine(FastEngine):
@@ -52,6 +50,7 @@ class NativeEngine(FastEngine):
         dtype: torch.dtype = torch.float32,
         encoder: Encoder | None = None,
     ) -> None:
+        encoder = encoder or native.fused_encoder(model.encoder, dtype)
         super().__init__(model, run_px=run_px, dtype=dtype, encoder=encoder)
         self._library = library
         self._upsamplers = [NativeMLP.pack(s, library.tile) for s in model.upsamplers]
@@ -87,7 +86,7 @@ class NativeEngine(FastEngine):
             return super().classify(feat_BChw, grid)
         shape = (len(feat_BChw), mlp.out_dim, *grid.out_size)
         margins_BKHW = torch.empty(shape, dtype=torch.float32)
-        return margins_BKHW, self._library.apply([mlp], _rows_of(feat_BChw), grid, margins_BKHW)
+        return margins_BKHW, self._library.apply([mlp], feat_BChw.float(), grid, margins_BKHW)
 
     def upsample(
         self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
@@ -96,7 +95,7 @@ class NativeEngine(FastEngine):
         sr = grid.bilinear(lr.float())
         flops = self._library.apply(
             self._upsamplers,
-            _rows_of(feat_BChw),
+            feat_BChw.float(),
             grid,
             sr,
             classes_BHW=classes_BHW.contiguous(),
@@ -129,10 +128,5 @@ class NativeEngine(FastEngine):
             for what, one, other in zip(("residuals", "margins"), ours, theirs, strict=False):
                 same_nan = torch.equal(one.isnan(), other.isnan())
                 one, other = one.nan_to_num(), other.nan_to_num()
-                if not (same_nan and (one - other).norm() <= _TOLERANCE * other.norm()):
+                if not (same_nan and (one - other).norm() <= native.TOLERANCE * other.norm()):
                     raise UserError(f"CPU kernels: their {what} are wrong")
-
-
-def _rows_of(feat_BChw: Tensor) -> Tensor:
-    """(B, h, w, C) float32, contiguous; a view where the features are that in memory."""
-    return feat_BChw.permute(0, 2, 3, 1).float().contiguous()

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from models import native
 from models.backbones.base import SRNetwork
 from models.fuse import fused_copy
 
 
 class OptimizedOriginal:
-    """Batch norm folded, convolutions channels-last, features in the order of memory.
+    """Batch norm folded, convolutions channels-last, features by the same kernels as PCSR's.
 
     Args:
         model: an original network in eval mode, on its device; it is left as it is.
@@ -18,7 +19,7 @@ class OptimizedOriginal:
     def __init__(self, model: SRNetwork, dtype: torch.dtype = torch.float32) -> None:
         self.norm = model.norm
         self.dtype = dtype
-        self.features = model.fused(dtype)
+        self.features = native.fused_encoder(model, dtype)
         self.tail = fused_copy(model).to(dtype)
 
     @torch.inference_mode()
@@ -26,4 +27,5 @@ class OptimizedOriginal:
         """(B, 3, h, w) float RGB in [0, 1] to (B, 3, scale h, scale w), not clamped."""
         x = self.norm.normalise(lr).contiguous(memory_format=torch.channels_last)
         feat = self.features(x.to(self.features.input_dtype))
+        feat = feat.contiguous(memory_format=torch.channels_last)
         return self.norm.denormalise(self.tail.reconstruct(feat, x.to(self.dtype)).float())

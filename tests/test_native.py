@@ -35,9 +35,9 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, and nothing remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(compiler, "SOURCE", tmp_path / "source" / compiler.SOURCE.name)
-    (tmp_path / "source").mkdir()
-    shutil.copy(Path(native.__file__).with_name("pixel_mlp.c"), tmp_path / "source")
+    source = tmp_path / "source"
+    shutil.copytree(compiler.FOLDER, source, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(compiler, "FOLDER", source)
     library.cache_clear()
     yield tmp_path / "pcsr"
     library.cache_clear()
@@ -171,15 +171,17 @@ def test_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "")
         compiler.load()  # no compiler is asked for
-    compiler.SOURCE.write_text(compiler.SOURCE.read_text() + "\n")
-    compiler.load()
-    assert len(list(fresh.iterdir())) == 2, "another source is another library"
+    for name in ("rows.c", "vectors.h"):
+        changed = compiler.FOLDER / name
+        changed.write_text(changed.read_text() + "\n")
+        compiler.load()
+    assert len(list(fresh.iterdir())) == 3, "another source is another library"
 
 
 @has_compiler
 def test_a_damaged_library_is_compiled_anew(fresh: Path) -> None:
     fresh.mkdir(mode=0o700)
-    path = fresh / f"pixel_mlp-{compiler._fingerprint()}.so"
+    path = fresh / f"kernels-{compiler._fingerprint()}.so"
     path.write_bytes(b"not a library")
     assert compiler.load().tile > 0
     assert path.stat().st_size > 1000
@@ -189,7 +191,7 @@ def test_a_damaged_library_is_compiled_anew(fresh: Path) -> None:
 def test_the_next_folder_where_one_cannot_be_used(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    next_folder = compiler.SOURCE.parent / "__pycache__"
+    next_folder = compiler.FOLDER / "__pycache__"
     fresh.write_text("a file where the folder should be")
     compiler.load()
     assert len(list(next_folder.iterdir())) == 1
@@ -221,7 +223,8 @@ def test_cc_may_be_several_words_and_may_be_wrong(
     monkeypatch.setenv("CC", "env LC_ALL=C cc")
     compiler.load()
     monkeypatch.setenv("CC", "no-such-compiler -m64")
-    compiler.SOURCE.write_text(compiler.SOURCE.read_text() + "\n")
+    changed = compiler.FOLDER / "rows.c"
+    changed.write_text(changed.read_text() + "\n")
     compiler.load()
     assert len(list(fresh.iterdir())) == 2
 
@@ -240,7 +243,7 @@ def test_without_a_compiler(
 
 @has_compiler
 def test_a_compiler_that_fails(fresh: Path) -> None:
-    compiler.SOURCE.write_text("this is not C\n")
+    (compiler.FOLDER / "rows.c").write_text("this is not C\n")
     with pytest.raises(UserError, match="does not compile"):
         compiler.load()
     assert not list(fresh.iterdir()), "nothing half-written stays"
@@ -251,9 +254,8 @@ def test_a_compiler_that_fails(fresh: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("feat_BhwC", torch.zeros(1, 8, 8, 12, dtype=torch.float16)),
-        ("feat_BhwC", torch.zeros(1, 8, 7, 12)),
-        ("feat_BhwC", torch.zeros(1, 8, 12, 8).transpose(2, 3)),
+        ("feat_BChw", torch.zeros(1, 12, 8, 8, dtype=torch.float16)),
+        ("feat_BChw", torch.zeros(1, 12, 8, 7)),
         ("out_BOHW", torch.zeros(1, 3, 32, 31)),
         ("classes_BHW", torch.zeros(1, 32, 32, dtype=torch.int64)),
         ("gain_O", torch.zeros(2)),
@@ -263,7 +265,7 @@ def test_other_tensors_than_the_kernels_read_are_refused(name: str, value: torch
     kernels = loaded()
     mlps = [NativeMLP.pack(sampler, kernels.tile) for sampler in make_model("fsrcnn").upsamplers]
     tensors = {
-        "feat_BhwC": torch.zeros(1, 8, 8, 12),
+        "feat_BChw": torch.zeros(1, 12, 8, 8),
         "out_BOHW": torch.zeros(1, 3, 32, 32),
         "classes_BHW": torch.zeros(1, 32, 32, dtype=torch.uint8),
         "gain_O": torch.ones(3),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.fuse import fused_copy
 from models.normalise import DataNorm
+from models.row_graph import RowGraph
 from models.streams import Encoder, RowStream
 from utils.errors import UserError
 
@@ -84,6 +85,13 @@ class SRNetwork(nn.Module):
 
         Of a network without batch norm, or of :meth:`fused`'s. None where there is none: where
         features depend on the whole image at once.
+        """
+        return None
+
+    def graph(self) -> RowGraph | None:
+        """The features as sums of convolutions, batch norm folded; None where they are not that.
+
+        Weights are read, not copied.
         """
         return None
 

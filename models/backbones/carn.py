@@ -3,7 +3,7 @@
 Module names are the published state-dict names. Axes: B batch, C = nf channels, h w LR.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from models.backbones.carn_fused import FusedCarn
 from models.fuse import fused_copy
 from models.normalise import DIV2K_MEAN
 from models.registry import MODELS
+from models.row_graph import RowGraph
 from models.streams import Encoder
 from utils.errors import UserError
+
+Step = Callable[[int], int]
 
 
 class ResidualBlock(nn.Module):
@@ -138,6 +141,32 @@ class CARN(SRNetwork):
 
     def fused(self, dtype: torch.dtype = torch.float32) -> Encoder:
         return FusedCarn(fused_copy(self), dtype)
+
+    def graph(self) -> RowGraph:
+        network, graph = fused_copy(self), RowGraph()
+
+        def block(cascade_block: nn.Module) -> Step:
+            body = [cascade_block.get_submodule(f"b1.body.{index}") for index in (0, 2, 4)]
+            fusions = [cascade_block.get_submodule(name) for name in ("c1", "c2", "c3")]
+
+            def residual(x: int) -> int:
+                first = graph.conv([x], body[0], slope=0)
+                second = graph.conv([first], body[1], slope=0)
+                return graph.conv([second], body[2], slope=0, added=x)
+
+            return lambda x: cascaded(x, [residual] * 3, fusions)
+
+        def cascaded(x: int, steps: Sequence[Step], fusions: Sequence[nn.Module]) -> int:
+            gathered, out = [x], x
+            for step, fuse in zip(steps, fusions, strict=True):
+                gathered.append(step(out))
+                out = graph.conv(gathered, fuse.get_submodule("0"), slope=0)
+            return out
+
+        blocks = [block(b) for b in (network.b1, network.b2, network.b3)]
+        x = graph.conv([RowGraph.IMAGE], network.entry)
+        cascaded(x, blocks, [network.c1, network.c2, network.c3])
+        return graph
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
         return self.exit(self.upsample(feat))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork, check_sizes
 from models.registry import MODELS
+from models.row_graph import RowGraph, sequential_graph
 from models.streams import RowStream, sequential_rows
 
 # Transposed 9x9 convolution: (padding, output_padding) that give exactly scale x the size.
@@ -60,6 +61,9 @@ class FSRCNN(SRNetwork):
 
     def stream(self) -> RowStream:
         return sequential_rows([self.head_conv, self.body_conv])
+
+    def graph(self) -> RowGraph:
+        return sequential_graph([self.head_conv, self.body_conv])
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
         return self.tail_conv(feat)

@@ -8,8 +8,13 @@ import functools
 import logging
 import os
 
+import torch
+
+from models.backbones.base import SRNetwork
 from models.native.bindings import Library
 from models.native.compiler import load
+from models.native.rows import NativeRows
+from models.streams import Encoder
 from utils.cli import one_line
 from utils.errors import UserError
 
@@ -27,3 +32,24 @@ def library() -> Library | None:
     except (UserError, OSError) as error:
         _log.info("%s; plain torch is used, which is slower", one_line(error))
         return None
+
+
+# Of what the kernels compute, relative to plain torch.
+TOLERANCE = 1e-4
+
+
+def fused_encoder(network: SRNetwork, dtype: torch.dtype = torch.float32) -> Encoder:
+    """``network.fused(dtype)``, or the same by the compiled kernels where they are faster."""
+    graph = network.graph()
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if graph is None or dtype != torch.float32 or not on_cpu or (kernels := library()) is None:
+        return network.fused(dtype)
+    encoder = NativeRows(kernels, graph)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 3, 5, 2 * kernels.rows_group + 3, generator=generator)
+    with torch.inference_mode():
+        ours, theirs = encoder(x), graph(x)
+    if (ours - theirs).norm() <= TOLERANCE * theirs.norm():
+        return encoder
+    _log.warning("CPU kernels: their features are wrong; plain torch is used instead")
+    return network.fused(dtype)

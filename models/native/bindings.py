@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ class _Mlp(ctypes.Structure):
 class _Job(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("h", "w", "channels", "H", "W", "scale")),
-        *((name, _POINTER) for name in ("feat", "first_out", "nearest", "first_col")),
+        ("feat", _POINTER),
+        *((name, _LONG) for name in ("row_stride", "pixel_stride", "channel_stride")),
+        *((name, _POINTER) for name in ("first_out", "nearest", "first_col")),
         *(("mlps", _INT), ("mlp", ctypes.POINTER(_Mlp))),
         *((name, _POINTER) for name in ("classes", "out", "gain")),
         *(("next", _LONG), ("macs", _LONG)),
@@ -140,10 +143,15 @@ class Library:
             self.group = int(self._library.pcsr_group())
             self._segment = int(self._library.pcsr_segment())
             self._work = self._library.pcsr_work
+            self.rows_tile = int(self._library.pcsr_rows_tile())
+            self.rows_group = int(self._library.pcsr_rows_group())
+            self.rows_margin = int(self._library.pcsr_rows_margin())
+            self._rows_work = self._library.pcsr_rows_work
         except (OSError, AttributeError) as error:
             raise UserError(f"CPU kernels: {path} cannot be loaded ({error})") from error
-        self._work.argtypes = (_POINTER,)
-        self._work.restype = None
+        for work in (self._work, self._rows_work):
+            work.argtypes = (_POINTER,)
+            work.restype = None
         # The threads that torch uses, too: others would have to share the cores with these, which
         # go on waiting for work for a while.
         self._parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
@@ -151,7 +159,7 @@ class Library:
     def apply(
         self,
         mlps: Sequence[NativeMLP],
-        feat_BhwC: Tensor,
+        feat_BChw: Tensor,
         grid: PixelGrid,
         out_BOHW: Tensor,
         *,
@@ -162,7 +170,7 @@ class Library:
 
         Args:
             mlps: one, or with `classes_BHW` one per class.
-            feat_BhwC: float32.
+            feat_BChw: float32, in any order of memory.
             grid: of these LR rows.
             out_BOHW: float32; overwritten, or with `classes_BHW` added to.
             classes_BHW: uint8: each pixel's MLP.
@@ -173,8 +181,8 @@ class Library:
             MemoryError: there is not enough for a few rows.
         """
         (h, w), (H, W) = (grid.rows.lr_len, grid.cols.lr_len), grid.out_size
-        batch, channels, outputs = len(feat_BhwC), mlps[0].widths[0], mlps[0].out_dim
-        _check("feat_BhwC", feat_BhwC, torch.float32, (batch, h, w, channels))
+        batch, channels, outputs = len(feat_BChw), mlps[0].widths[0], mlps[0].out_dim
+        _check("feat_BChw", feat_BChw, torch.float32, (batch, channels, h, w), any_order=True)
         _check("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
         if classes_BHW is not None and gain_O is not None:
             _check("classes_BHW", classes_BHW, torch.uint8, (batch, H, W))
@@ -195,6 +203,9 @@ class Library:
             H=H,
             W=W,
             scale=grid.integer_scale or 0,
+            row_stride=feat_BChw.stride(2),
+            pixel_stride=feat_BChw.stride(3),
+            channel_stride=feat_BChw.stride(1),
             first_out=address(_starts(grid.rows.nearest, torch.arange(h + 1))),
             nearest=address(grid.cols.nearest.int()),
             first_col=address(
@@ -206,30 +217,41 @@ class Library:
         )
         tasks = h * -(-w // self._segment)
         for image in range(batch):
-            job.feat, job.out = feat_BhwC[image].data_ptr(), out_BOHW[image].data_ptr()
+            job.feat, job.out = feat_BChw[image].data_ptr(), out_BOHW[image].data_ptr()
             job.classes = None if classes_BHW is None else classes_BHW[image].data_ptr()
             job.next = 0
-            self._run(job, min(torch.get_num_threads(), tasks))
+            self._run(self._work, job, min(torch.get_num_threads(), tasks))
             if job.next < tasks:
                 raise MemoryError("CPU kernels: not enough memory for a few rows")
         return 2 * int(job.macs)
 
-    def _run(self, job: _Job, threads: int) -> None:
+    def run_rows(self, run: ctypes.Structure) -> None:
+        """Rows through a network, see `models.native.rows`."""
+        self._run(self._rows_work, run, torch.get_num_threads())
+
+    def _run(self, work: Callable[[Any], None], job: ctypes.Structure, threads: int) -> None:
         pointer = ctypes.byref(job)
         if threads <= 1:
-            self._work(pointer)
+            work(pointer)
         elif self._parallel is not None:
-            work = ctypes.cast(self._work, _POINTER)
-            self._parallel(work, pointer, ctypes.c_uint(threads), ctypes.c_uint(0))
+            function = ctypes.cast(work, _POINTER)  # type: ignore[arg-type]
+            self._parallel(function, pointer, ctypes.c_uint(threads), ctypes.c_uint(0))
         else:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(lambda _: self._work(pointer), range(threads)))
+                list(pool.map(lambda _: work(pointer), range(threads)))
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def _check(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    any_order: bool = False,
+) -> None:
     """The kernels read and write what they are told to, whatever is there."""
     found = (tensor.dtype, tuple(tensor.shape), tensor.device.type)
-    if found != (dtype, shape, "cpu") or not tensor.is_contiguous():
+    if found != (dtype, shape, "cpu") or not (any_order or tensor.is_contiguous()):
         raise ValueError(f"CPU kernels: {name} is {found}, not contiguous {(dtype, shape, 'cpu')}")
 
 

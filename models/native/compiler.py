@@ -1,4 +1,4 @@
-"""Compiles pixel_mlp.c for this machine's processor, once, and loads it."""
+"""Compiles the kernels in C for this machine's processor, once, and loads it."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from utils.atomic import replace_file
 from utils.cli import one_line
 from utils.errors import UserError
 
-SOURCE = Path(__file__).with_name("pixel_mlp.c")
+FOLDER = Path(__file__).parent
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-std=gnu11", "-fPIC", "-shared", "-w")
 # For the processor at hand; the first that the compiler knows.
@@ -29,7 +29,7 @@ def load() -> Library:
     Raises:
         UserError: there is no compiler, it fails, or there is no folder to keep the result in.
     """
-    name = f"pixel_mlp-{_fingerprint()}.so"
+    name = f"kernels-{_fingerprint()}.so"
     places = [folder / name for folder in _folders() if _is_ours(folder)]
     for path in places:
         if path.exists() and (kept := _loaded(path)) is not None:
@@ -60,7 +60,7 @@ def _folders() -> Iterator[Path]:
     with contextlib.suppress(RuntimeError):  # a user without a home
         cache = os.environ.get("XDG_CACHE_HOME")
         yield (Path(cache) if cache else Path.home() / ".cache") / "pcsr"
-    yield SOURCE.parent / "__pycache__"
+    yield FOLDER / "__pycache__"
 
 
 def _is_ours(folder: Path) -> bool:
@@ -77,8 +77,8 @@ def _is_ours(folder: Path) -> bool:
 
 def _fingerprint() -> str:
     """Of source, flags and processor: a home folder may be shared by different machines."""
-    facts = [SOURCE.read_text(encoding="utf-8"), repr((_FLAGS, _TARGETS))]
-    facts += [platform.system(), platform.machine(), _processor()]
+    facts = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[ch]"))]
+    facts += [repr((_FLAGS, _TARGETS)), platform.system(), platform.machine(), _processor()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
@@ -107,10 +107,11 @@ def _compile(path: Path) -> None:
         OSError: `path` cannot be written.
     """
     reason = f"no C compiler ({', '.join(_COMPILERS)}) was found"
+    sources = [str(source) for source in sorted(FOLDER.glob("*.c"))]
     with replace_file(path) as temporary:
         for compiler in _compilers():
             for target in _TARGETS:
-                words = [*compiler, *_FLAGS, *target, str(SOURCE), "-o", str(temporary)]
+                words = [*compiler, *_FLAGS, *target, *sources, "-o", str(temporary)]
                 failure = _failure(words)
                 if failure is None:
                     temporary.chmod(0o700)

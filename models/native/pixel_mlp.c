@@ -1,6 +1,6 @@
 /* Pixel-level MLPs on a CPU: first layer, position, all layers and the scatter in one pass.
  *
- * One task is a segment of an LR row: its features are transposed to channels by pixels, the first layer's
+ * One task is a segment of an LR row: its features are gathered as channels by pixels, the first layer's
  * product is computed on them, and then the output pixels go through the other layers in groups
  * that fit the vector registers, with activations that never leave the first-level cache. A product
  * is a tile of T outputs by V vectors of pixels, held in registers; the weights of a tile lie in the
@@ -10,26 +10,11 @@
  * Axes: C channels, D width of the first layer, O outputs, h w LR, H W output, P terms.
  */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, VECTORS = 2, TILE = 12 }; /* 24 of 32 registers hold sums */
-#elif defined(__AVX__)
-enum { VECTOR_BYTES = 32, VECTORS = 2, TILE = 6 }; /* 12 of 16 */
-#elif defined(__aarch64__)
-enum { VECTOR_BYTES = 16, VECTORS = 4, TILE = 6 }; /* 24 of 32 */
-#else
-enum { VECTOR_BYTES = 16, VECTORS = 2, TILE = 6 };
-#endif
-enum { LANES = VECTOR_BYTES / 4, GROUP = LANES * VECTORS };
 /* LR pixels of a row at once, a multiple of GROUP; and what their arrays are wide: columns of a
  * width that is a power of two would share a few sets of the cache. */
 enum { SEGMENT = 256, STRIDE = SEGMENT + GROUP };
-
-typedef float vec __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
-typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
 
 typedef struct {
     int32_t inputs, outputs;
@@ -48,7 +33,8 @@ typedef struct {
 typedef struct {
     int32_t h, w, channels, H, W;
     int32_t scale;            /* where it is an integer, the same on both axes; else 0 */
-    const float *feat;        /* (h, w, C) */
+    const float *feat;        /* (h, w, C) at the strides below */
+    int64_t row_stride, pixel_stride, channel_stride;
     const int32_t *first_out; /* (h + 1,) output rows of LR row r: first_out[r] to first_out[r+1] */
     const int32_t *nearest;   /* (W,) LR column */
     const int32_t *first_col; /* (segments + 1,) first output column of each segment */
@@ -80,14 +66,7 @@ int32_t pcsr_tile(void) { return TILE; }
 int32_t pcsr_group(void) { return GROUP; }
 int32_t pcsr_segment(void) { return SEGMENT; }
 
-static inline int32_t tiles(int32_t outputs) { return (outputs + TILE - 1) / TILE; }
-
-static inline vec relu(vec v) {
-    /* nan is not below zero and stays. */
-    return (vec)((ivec)v & ~(ivec)(v < (vec){0}));
-}
-
-static inline __attribute__((always_inline)) void tile(
+ALWAYS_INLINE void tile(
     const int count, const float *weight, const float *bias, int32_t inputs, const float *x,
     int32_t x_stride, float *y, int32_t y_stride, int with_relu) {
     vec sum[TILE][VECTORS];
@@ -113,17 +92,9 @@ static void apply(const Layer *layer, const float *x, int32_t x_stride, float *y
         const int32_t first = t * outputs / count, size = (t + 1) * outputs / count - first;
         const float *bias = layer->bias ? layer->bias + first : NULL;
         float *to = y + (int64_t)first * y_stride;
-#define CASE(N) \
-    case N: \
-        if (N <= TILE) tile(N, weight, bias, inputs, x, x_stride, to, y_stride, with_relu); \
-        break;
-        switch (size) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512F__)
-            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-        }
-#undef CASE
+#define RUN(N) tile(N, weight, bias, inputs, x, x_stride, to, y_stride, with_relu)
+        switch (size) { CASES(RUN) }
+#undef RUN
         weight += (int64_t)size * inputs;
     }
 }
@@ -226,11 +197,18 @@ static void phases(const Job *job, const Mlp *mlp, int32_t r, int32_t q0, int32_
 }
 
 /* LR columns q0 to q0 + count of a row as (C, STRIDE). */
-static void transpose(const Job *job, int32_t r, int32_t q0, int32_t count, float *to) {
+static void gather(const Job *job, int32_t r, int32_t q0, int32_t count, float *to) {
     const int32_t channels = job->channels;
-    const float *from = job->feat + ((int64_t)r * job->w + q0) * channels;
-    for (int32_t q = 0; q < count; q++)
-        for (int32_t c = 0; c < channels; c++) to[c * STRIDE + q] = from[(int64_t)q * channels + c];
+    const int64_t pixel = job->pixel_stride, channel = job->channel_stride;
+    const float *from = job->feat + r * job->row_stride + q0 * pixel;
+    if (pixel == 1) {
+        for (int32_t c = 0; c < channels; c++)
+            memcpy(to + c * STRIDE, from + c * channel, sizeof(float) * count);
+    } else {
+        for (int32_t q = 0; q < count; q++)
+            for (int32_t c = 0; c < channels; c++)
+                to[c * STRIDE + q] = from[q * pixel + c * channel];
+    }
     const int32_t full = (count + GROUP - 1) / GROUP * GROUP;
     for (int32_t c = 0; c < channels; c++)
         for (int32_t q = count; q < full; q++) to[c * STRIDE + q] = 0.0f;
@@ -266,7 +244,7 @@ static void run_segment(const Job *job, int32_t r, int32_t segment, int32_t j, S
     if (first == last || (job->classes && !occurs(job, first, last, j))) return;
     const int32_t q0 = segment * SEGMENT;
     const int32_t count = job->w - q0 < SEGMENT ? job->w - q0 : SEGMENT;
-    transpose(job, r, q0, count, s->feat);
+    gather(job, r, q0, count, s->feat);
     for (int32_t q = 0; q < count; q += GROUP)
         apply(&mlp->layer[0], s->feat + q, STRIDE, s->first + q, STRIDE, 0);
     count_macs(mlp, 0, count, s);
@@ -283,10 +261,6 @@ static void run_segment(const Job *job, int32_t r, int32_t segment, int32_t j, S
             listed = 0;
         }
     }
-}
-
-static void *allocate(size_t bytes) {
-    return aligned_alloc(64, (bytes + 63) / 64 * 64);
 }
 
 static int32_t widest(const Job *job) {

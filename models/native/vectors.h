@@ -1,0 +1,51 @@
+/* Vectors of this processor's width, and how many sums its registers hold. */
+
+#ifndef PCSR_VECTORS_H
+#define PCSR_VECTORS_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* TILE outputs by VECTORS vectors of pixels are summed at once: of the registers, so many hold
+ * sums; the others hold a vector of each kind of pixels and a weight. */
+#if defined(__AVX512F__)
+enum { VECTOR_BYTES = 64, VECTORS = 2, TILE = 13 }; /* 26 of 32 */
+#elif defined(__AVX__)
+enum { VECTOR_BYTES = 32, VECTORS = 2, TILE = 6 }; /* 12 of 16 */
+#elif defined(__aarch64__)
+enum { VECTOR_BYTES = 16, VECTORS = 4, TILE = 6 }; /* 24 of 32 */
+#else
+enum { VECTOR_BYTES = 16, VECTORS = 2, TILE = 6 };
+#endif
+enum { LANES = VECTOR_BYTES / 4, GROUP = LANES * VECTORS };
+
+typedef float vec __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
+typedef float unaligned_vec __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+static inline vec relu(vec v) {
+    /* nan is not below zero and stays. */
+    return (vec)((ivec)v & ~(ivec)(v < (vec){0}));
+}
+
+static inline int32_t tiles(int32_t outputs) { return (outputs + TILE - 1) / TILE; }
+
+static inline void *allocate(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+/* CASES(F) for each size of a tile: `case N: F(N); break;` */
+#if defined(__AVX512F__)
+#define CASES(F) \
+    CASE(F, 1) CASE(F, 2) CASE(F, 3) CASE(F, 4) CASE(F, 5) CASE(F, 6) CASE(F, 7) CASE(F, 8) \
+    CASE(F, 9) CASE(F, 10) CASE(F, 11) CASE(F, 12) CASE(F, 13)
+#else
+#define CASES(F) CASE(F, 1) CASE(F, 2) CASE(F, 3) CASE(F, 4) CASE(F, 5) CASE(F, 6)
+#endif
+#define CASE(F, N) \
+    case N: \
+        F(N); \
+        break;
+
+#endif

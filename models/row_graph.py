@@ -1,0 +1,125 @@
+"""What a backbone does for inference, as a list of sums of convolutions: for engines to run.
+
+Axes: B batch, C channels, h w LR.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One step: ``activation(sum of convolutions + bias + what is added)``.
+
+    All convolutions have an odd kernel size, stride 1 and the padding that keeps the size.
+
+    Attributes:
+        sources: the steps it reads, -1 is the image.
+        weights: of each source's convolution (C, C' / groups, k, k), float32.
+        groups: of all of them.
+        bias_C: float32.
+        added: a step whose output is added; None for none.
+        slope_C: factor of what is below zero: zeros for ReLU, ones for no activation.
+    """
+
+    sources: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    groups: int
+    bias_C: Tensor
+    added: int | None
+    slope_C: Tensor
+
+    @property
+    def radius_px(self) -> int:
+        """Of the largest kernel."""
+        return max(weight.shape[-1] for weight in self.weights) // 2
+
+
+class RowGraph:
+    """A network of convolutions; the last step is its output, which no other step reads.
+
+    Args:
+        channels: of the image.
+    """
+
+    IMAGE = -1
+
+    def __init__(self, channels: int = 3) -> None:
+        self.channels = channels
+        self.steps: list[Sum] = []
+
+    def conv(
+        self,
+        sources: Sequence[int],
+        conv: nn.Module,
+        *,
+        slope: Tensor | float = 1.0,
+        added: int | None = None,
+    ) -> int:
+        """Add a convolution; returns its step.
+
+        Args:
+            sources: what is concatenated: one step, or with one group several.
+            conv: an nn.Conv2d, whose weights are read.
+            slope: factor of what is below zero, of all channels or (C,) of each.
+            added: a step whose output is added before the activation.
+        """
+        assert isinstance(conv, nn.Conv2d)
+        weight = conv.weight.detach().float()
+        channels = [self.channels_of(source) for source in sources]
+        weights = (weight,) if len(sources) == 1 else weight.split(channels, dim=1)
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().float()
+        slope_C = torch.as_tensor(slope, dtype=torch.float32).expand(len(weight))
+        step = Sum(tuple(sources), weights, conv.groups, bias, added, slope_C)
+        self.steps.append(step)
+        return len(self.steps) - 1
+
+    def channels_of(self, step: int) -> int:
+        """Of a step's output; -1 is the image."""
+        return self.channels if step == self.IMAGE else len(self.steps[step].bias_C)
+
+    def lags(self) -> list[int]:
+        """Of each step: how many rows beyond its own position its output depends on."""
+        lags: list[int] = []
+        for step in self.steps:
+            parts = [
+                (0 if source == self.IMAGE else lags[source]) + weight.shape[-1] // 2
+                for source, weight in zip(step.sources, step.weights, strict=True)
+            ]
+            lags.append(max(*parts, 0 if step.added is None else lags[step.added]))
+        return lags
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The network itself, in plain torch: (B, 3, h, w) to (B, C, h, w)."""
+        outputs: list[Tensor] = []
+        for step in self.steps:
+            y = step.bias_C[:, None, None]
+            for source, weight in zip(step.sources, step.weights, strict=True):
+                read = x if source == self.IMAGE else outputs[source]
+                y = y + F.conv2d(read, weight, padding=weight.shape[-1] // 2, groups=step.groups)
+            if step.added is not None:
+                y = y + outputs[step.added]
+            outputs.append(torch.where(y < 0, y * step.slope_C[:, None, None], y))
+        return outputs[-1]
+
+
+def sequential_graph(layers: Sequence[nn.Module]) -> RowGraph:
+    """Of a plain sequence of convolutions and PReLUs, nested or not.
+
+    Raises:
+        TypeError: there is another layer.
+    """
+    flat = [m for m in nn.Sequential(*layers).modules() if not isinstance(m, nn.Sequential)]
+    graph, last = RowGraph(), RowGraph.IMAGE
+    for layer, after in itertools.zip_longest(flat, flat[1:]):
+        if isinstance(layer, nn.Conv2d):
+            slope = after.weight.detach() if isinstance(after, nn.PReLU) else 1.0
+            last = graph.conv([last], layer, slope=slope)
+        elif not isinstance(layer, nn.PReLU):
+            raise TypeError(f"neither a convolution nor a PReLU: {layer}")
+    return graph
