@@ -27,5 +27,5 @@ class OptimizedOriginal:
         """(B, 3, h, w) float RGB in [0, 1] to (B, 3, scale h, scale w), not clamped."""
         x = self.norm.normalise(lr).contiguous(memory_format=torch.channels_last)
         feat = self.features(x.to(self.features.input_dtype))
-        feat = feat.contiguous(memory_format=torch.channels_last)
+        feat = feat.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return self.norm.denormalise(self.tail.reconstruct(feat, x.to(self.dtype)).float())

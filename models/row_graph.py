@@ -83,6 +83,12 @@ class RowGraph:
         """Of a step's output; -1 is the image."""
         return self.channels if step == self.IMAGE else len(self.steps[step].bias_C)
 
+    @property
+    def most_inputs(self) -> int:
+        """Of the groups of all convolutions that are larger than 1x1."""
+        weights = [weight for step in self.steps for weight in step.weights]
+        return max((w.shape[1] for w in weights if w.shape[-1] > 1), default=0)
+
     def lags(self) -> list[int]:
         """Of each step: how many rows beyond its own position its output depends on."""
         lags: list[int] = []

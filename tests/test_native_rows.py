@@ -10,12 +10,22 @@ from torch import nn
 from models import native
 from models.backbones.carn import CARN
 from models.backbones.fsrcnn import FSRCNN
+from models.backbones.srresnet import SRResNet
+from models.native.half_plan import half_plan
 from models.native.rows import NativeRows
 from models.optimized import OptimizedOriginal
 from models.row_graph import RowGraph
 from tests.test_native import has_compiler, loaded
 
 pytestmark = has_compiler
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def rows_of(graph: RowGraph, dtype: torch.dtype = torch.float32, **words: int) -> NativeRows:
+    """The kernels for a graph; the test is skipped where the processor has no matrix unit."""
+    if dtype == torch.bfloat16 and not loaded().rows_has_half:
+        pytest.skip("needs a processor with AMX")
+    return NativeRows(loaded(), graph, dtype, **words)
 
 
 @pytest.fixture
@@ -47,8 +57,15 @@ def streamed(network: NativeRows, x: torch.Tensor, run: int) -> torch.Tensor:
     return torch.cat([part for part in parts if part.shape[1]], dim=1).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("network", [CARN(nf=20, no_upsampling=True), FSRCNN(no_upsampling=True)])
-def test_graph_is_the_network(network: CARN | FSRCNN) -> None:
+NETWORKS = [
+    CARN(nf=20, no_upsampling=True),
+    FSRCNN(no_upsampling=True),
+    SRResNet(nf=8, nb=2, no_upsampling=True),
+]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_graph_is_the_network(network: CARN | FSRCNN | SRResNet) -> None:
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -66,41 +83,75 @@ def test_graph_is_the_network(network: CARN | FSRCNN) -> None:
         torch.testing.assert_close(ours(x), expected, rtol=0, atol=2e-6)
 
 
+def check_close(network: NativeRows, graph: RowGraph, x: torch.Tensor, tolerance: float) -> None:
+    """The norm of the difference, relative to that of the output."""
+    expected = graph(x)
+    assert (network(x) - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 7, 13, 14, 27])
 @pytest.mark.parametrize("size", [(1, 1), (2, 16), (40, 17), (9, 31), (5, 33), (3, 130)])
-def test_all_they_can_do(channels: int, size: tuple[int, int]) -> None:
+def test_all_they_can_do(channels: int, size: tuple[int, int], dtype: torch.dtype) -> None:
     graph = everything(channels)
-    x = torch.randn(1, 3, *size)
-    ours = NativeRows(loaded(), graph)(x)
-    torch.testing.assert_close(ours, graph(x), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    check_close(rows_of(graph, dtype), graph, torch.randn(1, 3, *size), tolerance)
 
 
+def test_half_precision_of_backbones() -> None:
+    """CARN's groups of 13 are filled up to 16; SRResNet has none."""
+    x = torch.randn(1, 3, 30, 40)
+    networks = CARN(nf=52, no_upsampling=True), SRResNet(nf=58, nb=3, no_upsampling=True)
+    for network in networks:
+        graph = network.eval().graph()
+        check_close(rows_of(graph, torch.bfloat16), graph, x, 1e-2)
+        assert isinstance(native.fused_encoder(network, torch.bfloat16), NativeRows)
+    assert isinstance(native.fused_encoder(networks[0]), NativeRows)
+    assert not isinstance(native.fused_encoder(networks[1]), NativeRows), "torch is faster"
+
+
+def test_other_libraries_go_on_using_the_matrix_unit() -> None:
+    """torch's products in half precision, on the same threads, before and afterwards."""
+    network = rows_of(everything(), torch.bfloat16)
+    a, b = torch.randn(300, 200).bfloat16(), torch.randn(200, 100).bfloat16()
+    x, before = torch.randn(1, 3, 20, 30), a @ b
+    features = network(x)
+    for _ in range(3):
+        assert torch.equal(a @ b, before)
+        assert torch.equal(network(x), features)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [(50, 70), (70, 20), (3, 100)])
 @pytest.mark.usefixtures("threads")
-def test_parts_and_runs_change_nothing(count: int, size: tuple[int, int]) -> None:
+def test_parts_and_runs_change_nothing(
+    count: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
     """Bit for bit, with so few pixels at once that rings go round many times."""
     x = torch.randn(2, 3, *size)
     torch.set_num_threads(1)
-    expected = NativeRows(loaded(), everything())(x)
+    expected = rows_of(everything(), dtype)(x)
     torch.set_num_threads(count)
-    network = NativeRows(loaded(), everything(), chunk_px=100)
+    network = rows_of(everything(), dtype, chunk_px=100)
     assert torch.equal(network(x), expected)
     for run in (1, 4, 29):
         assert torch.equal(streamed(network, x, run), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("threads")
-def test_images_of_a_batch_go_to_threads() -> None:
+def test_images_of_a_batch_go_to_threads(dtype: torch.dtype) -> None:
     x = torch.randn(7, 3, 12, 18)
     torch.set_num_threads(3)
-    network = NativeRows(loaded(), everything())
+    network = rows_of(everything(), dtype)
     expected = torch.cat([network(image[None]) for image in x])
     assert torch.equal(network(x), expected)
 
 
-def test_memory_is_used_again_and_nothing_of_the_image_before_is_seen() -> None:
-    network = NativeRows(loaded(), everything())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_is_used_again_and_nothing_of_the_image_before_is_seen(dtype: torch.dtype) -> None:
+    network = rows_of(everything(), dtype)
     images = [torch.randn(1, 3, *size) for size in ((30, 40), (30, 40), (20, 61), (30, 40))]
     images[0] *= float("nan")
     features = [network(image) for image in images]
@@ -109,17 +160,18 @@ def test_memory_is_used_again_and_nothing_of_the_image_before_is_seen() -> None:
     assert torch.equal(network(images[3]), features[3])
     assert network._spare[0][1][0].data_ptr() == memory
     for image, found in zip(images[1:], features[1:], strict=True):
-        assert torch.equal(NativeRows(loaded(), everything())(image), found)
+        assert torch.equal(rows_of(everything(), dtype)(image), found)
 
 
-def test_nan_is_not_hidden() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
     """It reaches as far as kernels do, on the third and fourth column of 40."""
     graph = RowGraph()
     first = graph.conv([-1], nn.Conv2d(3, 5, 3), slope=0)
     graph.conv([first], nn.Conv2d(5, 5, 1), slope=0.1)
     x = torch.randn(1, 3, 8, 40)
     x[0, 1, 4, 3] = float("nan")
-    found = NativeRows(loaded(), graph)(x).isnan()
+    found = rows_of(graph, dtype)(x).isnan()
     assert found[0, :, 3:6, 2:5].all() and found.sum() == 5 * 9
 
 
@@ -146,8 +198,10 @@ def test_weights_are_copied() -> None:
 def test_kernels_that_are_wrong_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    right = NativeRows.__call__
+
     def double(self: NativeRows, x: torch.Tensor) -> torch.Tensor:
-        return 2 * self.graph(x)
+        return 2 * right(self, x)
 
     monkeypatch.setattr(NativeRows, "__call__", double)
     with caplog.at_level(logging.WARNING):
@@ -157,4 +211,22 @@ def test_kernels_that_are_wrong_are_not_used(
 
 
 def test_originals_are_compared_with_the_same_kernels() -> None:
-    assert isinstance(OptimizedOriginal(CARN(nf=8).eval()).features, NativeRows)
+    model, lr = CARN(nf=8).eval(), torch.rand(1, 3, 9, 7)
+    network = OptimizedOriginal(model)
+    assert isinstance(network.features, NativeRows)
+    torch.testing.assert_close(network(lr), model(lr), rtol=0, atol=1e-5)
+    half = OptimizedOriginal(model, torch.bfloat16)(lr)
+    torch.testing.assert_close(half, model(lr), rtol=0, atol=2e-2)
+
+
+def test_what_they_are_not_made_for_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = CARN(nf=8, no_upsampling=True).eval()
+    assert not isinstance(native.fused_encoder(network, torch.float16), NativeRows)
+    monkeypatch.setattr(loaded(), "rows_has_half", False)
+    assert not isinstance(native.fused_encoder(network, torch.bfloat16), NativeRows)
+    only_the_image, wide = RowGraph(), RowGraph()
+    only_the_image.conv([-1], nn.Conv2d(3, 4, 3))
+    wide.conv([wide.conv([-1], nn.Conv2d(3, 4, 3))], nn.Conv2d(4, 4, 11))
+    for graph, reason in ((only_the_image, "image alone"), (wide, "radius")):
+        with pytest.raises(ValueError, match=reason):
+            half_plan(graph, 13, 4)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from models.backbones.base import SRNetwork, check_sizes, conv3x3, shuffle_steps
 from models.registry import MODELS
+from models.row_graph import RowGraph
 from models.streams import ChainRows, ConvRows, PointwiseRows, ResidualRows, RowStream
 
 _SLOPE = 0.1
@@ -93,6 +94,14 @@ class SRResNet(SRNetwork):
             assert isinstance(block, ResidualBlock)
             streams.append(block.stream())
         return ChainRows(*streams)
+
+    def graph(self) -> RowGraph:
+        graph = RowGraph()
+        x = graph.conv([RowGraph.IMAGE], self.conv_first, slope=_SLOPE)
+        for block in self.recon_trunk:
+            hidden = graph.conv([x], block.get_submodule("conv1"), slope=0)
+            x = graph.conv([hidden], block.get_submodule("conv2"), added=x)
+        return graph
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:
         out = feat

@@ -146,6 +146,8 @@ class Library:
             self.rows_tile = int(self._library.pcsr_rows_tile())
             self.rows_group = int(self._library.pcsr_rows_group())
             self.rows_margin = int(self._library.pcsr_rows_margin())
+            self.rows_half_margin = int(self._library.pcsr_rows_half_margin())
+            self.rows_has_half = bool(self._library.pcsr_rows_has_half())
             self._rows_work = self._library.pcsr_rows_work
         except (OSError, AttributeError) as error:
             raise UserError(f"CPU kernels: {path} cannot be loaded ({error})") from error

@@ -31,11 +31,13 @@
  * greater. There are as many to the right. */
 enum { MARGIN = 16 };
 enum { NO_ACTIVATION, RELU, SLOPES };
+enum { IN_FLOAT, TO_HALF, IN_HALF }; /* kinds of steps */
 typedef struct {
     int32_t channels;
     int32_t rows; /* that the ring holds; 0 for the last one, whose rows go to the output */
     int32_t lag;
-    int64_t first; /* where it begins in the arena, in floats */
+    int32_t is_half; /* see rows_amx.h */
+    int64_t first;   /* where it begins in the arena, in floats */
 } Buffer;
 
 typedef struct {
@@ -47,17 +49,20 @@ typedef struct {
     int32_t target, outputs, groups, sources;
     int32_t added; /* buffer, or -1 */
     int32_t activation;
+    int32_t kind;
     const Source *source;
-    const float *weight; /* of each group, tiles; of each, (source, row, input, column, output) */
-    const float *bias;   /* (outputs,) */
-    const float *slope;  /* (outputs,) of SLOPES: factor of what is below zero */
+    const void *weight; /* of each group, tiles; of each, (source, row, input, column, output) */
+    const float *bias;  /* (outputs,) */
+    const float *slope; /* (outputs,) of SLOPES: factor of what is below zero */
+    const int32_t *slots; /* of half kinds, see rows_amx.h */
 } Step;
 
 /* Columns `left` to `left + w` of a run of rows. What it makes are the columns from `start` to `end`
  * (from `left`) and, of the rows that are determined, those from `top` to `bottom`. */
 typedef struct {
     int32_t left, w, start, end, top, bottom;
-    int32_t stride;
+    int32_t stride;      /* floats between the channels of a row */
+    int32_t half_stride; /* pixels of a row in half precision, with its margins */
     int32_t steps;
     const Buffer *buffer; /* 0 takes the image, the last one is the output */
     const Step *step;
@@ -67,7 +72,8 @@ typedef struct {
     int32_t position, last_position; /* before this run, and after it */
     int32_t chunk;      /* rows that go through all steps at once, at most */
     const float *in;    /* (rows, in_w, C of buffer 0), from row first_in */
-    float *out;         /* (rows, C, out_stride) of the last buffer, from row first_out */
+    float *out;         /* (rows, C, out_stride) of the last buffer, from row first_out; of a step
+                           in half precision (rows, out_stride, C) */
     int32_t in_w, first_in, out_stride, first_out;
 
     /* What the threads share. */
@@ -188,7 +194,7 @@ static void run_tile(const Part *part, const Step *step, int32_t y, int32_t inde
             rows[count++] = row_or_zeros(part, source->buffer, y + dy) +
                             group * source->channels * stride - radius;
     }
-    const float *weight = step->weight + (int64_t)channel * inputs;
+    const float *weight = (const float *)step->weight + (int64_t)channel * inputs;
     const float *added =
         step->added < 0 ? NULL : row_of(part, step->added, y) + channel * stride;
     const int is_last = step->target == part->steps;
@@ -216,6 +222,26 @@ static void run_tile(const Part *part, const Step *step, int32_t y, int32_t inde
         for (int32_t o = 0; o < size; o++) memset(to + o * stride + end, 0, 4 * MARGIN);
 }
 
+#include "rows_amx.h"
+
+int32_t pcsr_rows_half_margin(void) { return HALF_MARGIN; }
+
+static int32_t tasks_per_row(const Step *step) {
+    if (step->kind == TO_HALF) return 1;
+    if (step->kind == IN_HALF) return half_pairs(step);
+    return step->groups * tiles(step->outputs / step->groups);
+}
+
+static void run_task(const Part *part, const Step *step, int32_t y, int32_t index,
+                     const void **rows) {
+    if (step->kind == TO_HALF)
+        to_half(part, step, y);
+    else if (step->kind == IN_HALF)
+        run_half(part, step, y, index, rows);
+    else
+        run_tile(part, step, y, index, (const float **)rows);
+}
+
 /* Sets up the next step that has rows to make; `done` where there is none. */
 static void advance(Part *part) {
     for (;;) {
@@ -233,7 +259,7 @@ static void advance(Part *part) {
         }
         const Step *step = part->current < 0 ? NULL : &part->step[part->current];
         const int32_t rows = rows_of_chunk(part, step ? step->target : 0, &part->first_row);
-        part->tasks_per_row = step ? step->groups * tiles(step->outputs / step->groups) : 1;
+        part->tasks_per_row = step ? tasks_per_row(step) : 1;
         part->tasks = (int64_t)rows * part->tasks_per_row;
         part->next = 0;
         if (part->tasks) return;
@@ -257,7 +283,7 @@ static void lock(Part *part) {
 static void unlock(Part *part) { __atomic_store_n(&part->lock, 0, __ATOMIC_RELEASE); }
 
 /* Works on a part until it is done; others may be at it, or come later. */
-static void work_on(Part *part, const float **rows) {
+static void work_on(Part *part, const void **rows) {
     lock(part);
     if (part->current < -1) {
         part->current = part->steps - 1;
@@ -274,7 +300,7 @@ static void work_on(Part *part, const float **rows) {
             if (part->current < 0)
                 take_row(part, y);
             else
-                run_tile(part, &part->step[part->current], y, task % part->tasks_per_row, rows);
+                run_task(part, &part->step[part->current], y, task % part->tasks_per_row, rows);
         }
         lock(part);
         const int32_t phase = part->phase;
@@ -301,10 +327,13 @@ void pcsr_rows_work(void *argument) {
         for (int32_t i = 0; i < step->sources; i++) count += step->source[i].size;
         most = larger(most, count);
     }
-    const float **rows = malloc(sizeof(*rows) * most);
+    const void **rows = malloc(sizeof(*rows) * most);
     if (!rows) return; /* the others do its work */
+    HalfState state;
+    begin_half(&state);
     const int32_t own = __atomic_fetch_add(&run->threads, 1, __ATOMIC_RELAXED);
     for (int32_t p = 0; p < run->parts; p++)
         work_on(run->part[(own + p) % run->parts], rows);
+    end_half(&state);
     free(rows);
 }

@@ -13,88 +13,71 @@ import torch
 from torch import Tensor
 
 from models.native.bindings import Library
-from models.row_graph import RowGraph, Sum
+from models.native.half_plan import half_plan
+from models.native.row_plan import INT, LONG, POINTER, Buffer, Step, float_plan
+from models.row_graph import RowGraph
 from models.streams import push_whole
 
-_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 # LR pixels of a part that go through all steps at once. What a step reads has just been written: in
 # a cache of 2 MB, 2048 take a tenth longer and 4096 a third (measured).
 CHUNK_PX = 512
 _UNKNOWN_HEIGHT = 2**30
 # Where columns are divided: at whole vectors of any processor.
 _UNIT = 16
-_NO_ACTIVATION, _RELU, _SLOPES = range(3)
-
-
-class _Buffer(ctypes.Structure):
-    _fields_ = (("channels", _INT), ("rows", _INT), ("lag", _INT), ("first", _LONG))
-
-
-class _Source(ctypes.Structure):
-    _fields_ = (("buffer", _INT), ("channels", _INT), ("size", _INT))
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *((name, _INT) for name in ("target", "outputs", "groups", "sources")),
-        *((name, _INT) for name in ("added", "activation")),
-        ("source", ctypes.POINTER(_Source)),
-        *((name, _POINTER) for name in ("weight", "bias", "slope")),
-    )
 
 
 class _Part(ctypes.Structure):
     _fields_ = (
-        *((name, _INT) for name in ("left", "w", "start", "end", "top", "bottom")),
-        *((name, _INT) for name in ("stride", "steps")),
-        ("buffer", ctypes.POINTER(_Buffer)),
-        ("step", ctypes.POINTER(_Step)),
-        *((name, _POINTER) for name in ("arena", "zeros")),
-        *((name, _INT) for name in ("h", "position", "last_position", "chunk")),
-        *((name, _POINTER) for name in ("in_", "out")),
-        *((name, _INT) for name in ("in_w", "first_in", "out_stride", "first_out")),
-        *((name, _INT) for name in ("lock", "threads", "waiting", "phase", "done")),
-        *((name, _INT) for name in ("current", "chunk_end", "first_row", "tasks_per_row")),
-        *((name, _LONG) for name in ("next", "tasks")),
+        *((name, INT) for name in ("left", "w", "start", "end", "top", "bottom")),
+        *((name, INT) for name in ("stride", "half_stride", "steps")),
+        ("buffer", ctypes.POINTER(Buffer)),
+        ("step", ctypes.POINTER(Step)),
+        *((name, POINTER) for name in ("arena", "zeros")),
+        *((name, INT) for name in ("h", "position", "last_position", "chunk")),
+        *((name, POINTER) for name in ("in_", "out")),
+        *((name, INT) for name in ("in_w", "first_in", "out_stride", "first_out")),
+        *((name, INT) for name in ("lock", "threads", "waiting", "phase", "done")),
+        *((name, INT) for name in ("current", "chunk_end", "first_row", "tasks_per_row")),
+        *((name, LONG) for name in ("next", "tasks")),
     )
 
 
 class _Parts(ctypes.Structure):
-    _fields_ = (("parts", _INT), ("threads", _INT), ("part", ctypes.POINTER(ctypes.POINTER(_Part))))
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A step's tensors in the order that the kernels read them."""
-
-    step: Sum
-    weight: Tensor
-    bias: Tensor
-    slope: Tensor
-    activation: int
+    _fields_ = (("parts", INT), ("threads", INT), ("part", ctypes.POINTER(ctypes.POINTER(_Part))))
 
 
 class NativeRows:
-    """A backbone's features by the compiled kernels, in float32: a `models.streams.Encoder`.
+    """A backbone's features by the compiled kernels: a `models.streams.Encoder`.
 
     Args:
         library: the compiled kernels.
         graph: what the backbone does.
-        chunk_px: LR pixels that go through all steps at once.
+        dtype: float32 or, where `library.has_half`, bfloat16: of what is behind the first step.
+        chunk_px: LR pixels of a part that go through all steps at once.
+
+    Raises:
+        ValueError: the graph or the processor is not made for `dtype`.
     """
 
     input_dtype = torch.float32
 
-    def __init__(self, library: Library, graph: RowGraph, *, chunk_px: int = CHUNK_PX) -> None:
+    def __init__(
+        self,
+        library: Library,
+        graph: RowGraph,
+        dtype: torch.dtype = torch.float32,
+        *,
+        chunk_px: int = CHUNK_PX,
+    ) -> None:
         self.library = library
-        self.graph = graph
         self.chunk_px = chunk_px
-        self.lags = [0, *graph.lags()]
-        self.channels = [graph.channels_of(index - 1) for index in range(len(self.lags))]
-        self._packed = [_pack(step, library.rows_tile) for step in graph.steps]
-        self.steps = (_Step * len(graph.steps))(
-            *(_step(packed, index) for index, packed in enumerate(self._packed, start=1))
-        )
+        if dtype == torch.float32:
+            self.plan = float_plan(graph, library.rows_tile)
+        elif dtype == torch.bfloat16 and library.rows_has_half:
+            self.plan = half_plan(graph, library.rows_tile, library.rows_half_margin)
+        else:
+            raise ValueError(f"CPU kernels: not made for {dtype} on this processor")
+        self.steps = (Step * len(self.plan.steps))(*self.plan.steps)
         self._spare: list[tuple[list[Hashable], list[Tensor]]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -133,13 +116,16 @@ class NativeRowStream:
         """See `models.streams.RowStream`."""
         network = self._network
         batch, count, w = rows.shape[:3]
-        lag, start = network.lags[-1], self._position
+        lag, start = network.plan.lag, self._position
         self._position += count
         together = self._prepare(w, count if last else None, batch)
         end = self._position + (lag if last else 0)
         first_out = max(0, start - lag)
         ready = max(0, end - lag) - first_out
-        out = torch.empty(batch, ready, network.channels[-1], _stride(network.library, w))
+        channels, is_half = network.plan.out_channels, network.plan.is_half
+        # Of all columns, at the stride that the kernels use.
+        shape = (w, channels) if is_half else (channels, _stride(network.library, w))
+        out = torch.empty(batch, ready, *shape)
         height = self._position if last else _UNKNOWN_HEIGHT
         run = _Run(network, (start, end), height, first_out)
         for arenas, given, made in zip(
@@ -151,6 +137,8 @@ class NativeRowStream:
             run(self._layouts, arenas, given, made)
         if last:
             network.give_back(self._layouts * self._together, self._arenas[0])
+        if is_half:
+            return out
         margin = network.library.rows_margin
         return out[..., margin : margin + w].permute(0, 1, 3, 2)
 
@@ -165,7 +153,7 @@ class NativeRowStream:
             whole = height is not None
             self._together = threads if whole and batch >= threads else 1
             at_one = 1 if self._together > 1 else threads
-            parts = _split(network.library, w, height, at_one, network.lags[-1])
+            parts = _split(network.library, w, height, at_one, network.plan.lag)
             self._layouts = [_Layout(network, w, height, part) for part in parts]
             layouts = self._layouts * self._together
             # Images that are whole use the same rings one after the other.
@@ -221,7 +209,7 @@ class _Run:
     def _part(self, layout: "_Layout", arena: Tensor, rows: Tensor, out: Tensor) -> _Part:
         network, (left, right) = self.network, layout.columns
         (start, end), (top, bottom) = layout.rectangle.columns, layout.rectangle.rows
-        lag = network.lags[-1]
+        lag = network.plan.lag
         return _Part(
             left=left,
             w=right - left,
@@ -230,6 +218,7 @@ class _Run:
             top=top,
             bottom=bottom,
             stride=layout.stride,
+            half_stride=layout.half_stride,
             steps=len(network.steps),
             buffer=layout.buffers,
             step=network.steps,
@@ -243,7 +232,7 @@ class _Run:
             out=out.data_ptr(),
             in_w=rows.shape[1],
             first_in=self.positions[0],
-            out_stride=out.shape[-1],
+            out_stride=out.shape[1] if network.plan.is_half else out.shape[2],
             first_out=self.first_out,
             current=-2,
         )
@@ -255,7 +244,7 @@ class _Layout:
     def __init__(
         self, network: NativeRows, w: int, height: int | None, rectangle: _Rectangle
     ) -> None:
-        library, lag = network.library, network.lags[-1]
+        library, plan, lag = network.library, network.plan, network.plan.lag
         self.rectangle = rectangle
         start, end = rectangle.columns
         unit = library.rows_margin
@@ -265,13 +254,19 @@ class _Layout:
         self.chunk = max(1, network.chunk_px // own_w)
         most = _UNKNOWN_HEIGHT if height is None else height
         self.chunk = min(self.chunk, most)
-        first, buffers = max(network.channels), []
-        kept = [min(rows, most) for rows in _ring_rows(network.graph, network.lags, self.chunk)]
-        for channels, rows, buffer_lag in zip(network.channels, kept, network.lags, strict=True):
-            buffers.append(_Buffer(channels, rows, buffer_lag, first * self.stride))
-            first += channels * rows
-        self.buffers = (_Buffer * len(buffers))(*buffers)
-        self.size = first * self.stride
+        # In half precision a row is pixels; a tile of them may begin up to one before its end.
+        self.half_stride = own_w + 2 * library.rows_half_margin + 2 * unit
+        kept = [min(rows, most) for rows in plan.ring_rows(self.chunk)]
+        sizes = [
+            b.channels * (self.half_stride // 2 if b.is_half else self.stride) for b in plan.buffers
+        ]
+        first, buffers = max(sizes), []
+        for buffer, rows, size in zip(plan.buffers, kept, sizes, strict=True):
+            buffers.append(Buffer(buffer.channels, rows, buffer.lag, buffer.is_half, first))
+            first += rows * size
+        self.buffers = (Buffer * len(buffers))(*buffers)
+        # The last row may be read beyond its end, too.
+        self.size = first + max(sizes)
         # Memory of the same kind has its margins, which stay zero, in the same places.
         self.kind = own_w, self.stride, tuple(kept)
 
@@ -313,51 +308,3 @@ def _split(
         return [_Rectangle(pair, rows) for pair in itertools.pairwise(ends)]
     ends = [n * rows[1] // count for n in range(count + 1)]
     return [_Rectangle((0, w), pair) for pair in itertools.pairwise(ends)]
-
-
-def _ring_rows(graph: RowGraph, lags: list[int], chunk: int) -> list[int]:
-    """Rows that each buffer has to hold, for those that are read last; none of the last one."""
-    behind = [0] * len(lags)
-    for index, step in enumerate(graph.steps):
-        lag = lags[index + 1]
-        for source, weight in zip(step.sources, step.weights, strict=True):
-            wait = lag - lags[source + 1] + weight.shape[-1] // 2
-            behind[source + 1] = max(behind[source + 1], wait)
-        if step.added is not None:
-            behind[step.added + 1] = max(behind[step.added + 1], lag - lags[step.added + 1])
-    return [*(chunk + wait for wait in behind[:-1]), 0]
-
-
-def _pack(step: Sum, tile: int) -> _Packed:
-    """Weights by group and tile; of each (source, row, input, column, output)."""
-    parts = []
-    outputs = len(step.bias_C) // step.groups
-    count = -(-outputs // tile)
-    for group in range(step.groups):
-        for t in range(count):
-            ends = (group * outputs + n * outputs // count for n in (t, t + 1))
-            chosen = slice(*ends)
-            parts += [weight[chosen].permute(2, 1, 3, 0).flatten() for weight in step.weights]
-    slopes = set(step.slope_C.tolist())
-    activation = _RELU if slopes == {0.0} else _NO_ACTIVATION if slopes == {1.0} else _SLOPES
-    return _Packed(step, torch.cat(parts), step.bias_C.clone(), step.slope_C.clone(), activation)
-
-
-def _step(packed: _Packed, target: int) -> _Step:
-    step = packed.step
-    sources = [
-        _Source(source + 1, weight.shape[1], weight.shape[-1])
-        for source, weight in zip(step.sources, step.weights, strict=True)
-    ]
-    return _Step(
-        target=target,
-        outputs=len(step.bias_C),
-        groups=step.groups,
-        sources=len(sources),
-        added=-1 if step.added is None else step.added + 1,
-        activation=packed.activation,
-        source=(_Source * len(sources))(*sources),
-        weight=packed.weight.data_ptr(),
-        bias=packed.bias.data_ptr(),
-        slope=packed.slope.data_ptr(),
-    )
