@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from models.sampler import LIIFSampler
 from utils.errors import UserError
 
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_PASSES = ("refine",)
 
 
 class _Layer(ctypes.Structure):
@@ -147,9 +148,10 @@ class Library:
             self.rows_group = int(self._library.pcsr_rows_group())
             self.rows_margin = int(self._library.pcsr_rows_margin())
             self._rows_work = self._library.pcsr_rows_work
+            self._passes = {name: self._library[f"pcsr_{name}_work"] for name in _PASSES}
         except (OSError, AttributeError) as error:
             raise UserError(f"CPU kernels: {path} cannot be loaded ({error})") from error
-        for work in (self._work, self._rows_work):
+        for work in (self._work, self._rows_work, *self._passes.values()):
             work.argtypes = (_POINTER,)
             work.restype = None
         # The threads that torch uses, too: others would have to share the cores with these, which
@@ -182,11 +184,11 @@ class Library:
         """
         (h, w), (H, W) = (grid.rows.lr_len, grid.cols.lr_len), grid.out_size
         batch, channels, outputs = len(feat_BChw), mlps[0].widths[0], mlps[0].out_dim
-        _check("feat_BChw", feat_BChw, torch.float32, (batch, channels, h, w), any_order=True)
-        _check("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
+        check_tensor("feat_BChw", feat_BChw, torch.float32, (batch, channels, h, w), "any")
+        check_tensor("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
         if classes_BHW is not None and gain_O is not None:
-            _check("classes_BHW", classes_BHW, torch.uint8, (batch, H, W))
-            _check("gain_O", gain_O, torch.float32, (outputs,))
+            check_tensor("classes_BHW", classes_BHW, torch.uint8, (batch, H, W))
+            check_tensor("gain_O", gain_O, torch.float32, (outputs,))
         keep: list[Tensor] = []
 
         def address(tensor: Tensor | None) -> int | None:
@@ -229,6 +231,10 @@ class Library:
         """Rows through a network, see `models.native.rows`."""
         self._run(self._rows_work, run, torch.get_num_threads())
 
+    def run(self, name: str, job: ctypes.Structure, tasks: int) -> None:
+        """One of the passes, see `models.native.passes`, on as many threads as there are tasks."""
+        self._run(self._passes[name], job, min(torch.get_num_threads(), tasks))
+
     def _run(self, work: Callable[[Any], None], job: ctypes.Structure, threads: int) -> None:
         pointer = ctypes.byref(job)
         if threads <= 1:
@@ -241,18 +247,29 @@ class Library:
                 list(pool.map(lambda _: work(pointer), range(threads)))
 
 
-def _check(
+def check_tensor(
     name: str,
     tensor: Tensor,
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    *,
-    any_order: bool = False,
+    order: Literal["contiguous", "rows", "any"] = "contiguous",
 ) -> None:
-    """The kernels read and write what they are told to, whatever is there."""
+    """The kernels read and write what they are told to, whatever is there.
+
+    Args:
+        order: of memory that the kernel needs; "rows": the columns of a row beside one another.
+
+    Raises:
+        ValueError: a tensor of another shape, type, device or order.
+    """
     found = (tensor.dtype, tuple(tensor.shape), tensor.device.type)
-    if found != (dtype, shape, "cpu") or not (any_order or tensor.is_contiguous()):
-        raise ValueError(f"CPU kernels: {name} is {found}, not contiguous {(dtype, shape, 'cpu')}")
+    in_order = (
+        order == "any"
+        or tensor.is_contiguous()
+        or (order == "rows" and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1))
+    )
+    if found != (dtype, shape, "cpu") or not in_order:
+        raise ValueError(f"CPU kernels: {name} is {found}, not {order} {(dtype, shape, 'cpu')}")
 
 
 def _starts(nearest: Tensor, bounds: Tensor) -> Tensor:
