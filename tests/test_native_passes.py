@@ -1,7 +1,9 @@
 """Compiled passes over pixels: what plain torch gives, in any size, piece and number of threads."""
 
 import logging
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from models import native, refinement
 from models.native import library, passes
 from models.refinement import RefineRows, refine
+from models.routing import AdaptiveRouting, HeavyScores
 from tests.test_native import has_compiler, loaded
 
 pytestmark = has_compiler
@@ -24,6 +27,16 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """As PCSR_NATIVE=0 has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.SWITCH, "0")
+        library.cache_clear()
+        yield
+    library.cache_clear()
 
 
 def make_image(size: tuple[int, int], batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,12 +116,9 @@ def test_refinement_that_is_wrong_is_not_used(
 def test_refinement_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     prediction, classes = make_image((9, 40))
     expected = refine(prediction, classes)
-    with monkeypatch.context() as patch:
-        patch.setenv(native.SWITCH, "0")
-        patch.setattr(refinement, "refine_rows", None)
-        library.cache_clear()
+    monkeypatch.setattr(refinement, "refine_rows", None)
+    with without_kernels():
         assert torch.equal(refine(prediction, classes), expected)
-    library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -133,3 +143,46 @@ def test_other_tensors_than_refinement_reads_are_refused(name: str, value: torch
     prediction, classes, out = tensors.values()
     with pytest.raises(ValueError, match=name):
         passes.refine_rows(loaded(), [(prediction, classes)], 0, out)
+
+
+def scores_of(pixels: int, spread: float = 3.0) -> HeavyScores:
+    """Those of random margins."""
+    generator = torch.Generator().manual_seed(0)
+    return HeavyScores(spread * torch.randn(1, 1, 1, pixels, generator=generator))
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 17, 2**14 - 1, 2**14 + 1, 100_003, 2**20 + 5])
+def test_histogram_is_that_of_plain_torch(pixels: int) -> None:
+    """Counts and sums of the same scores; all but the first bin's sums are exact."""
+    scores = scores_of(pixels)
+    found = scores.histogram()
+    with without_kernels():
+        expected = scores.histogram()
+    assert torch.equal(found[0], expected[0]) and found[0].sum() == pixels
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=0)
+
+
+def test_histogram_of_scores_at_the_ends_and_beyond() -> None:
+    values = [0.0, 1.0, 0.25, 0.75, -1.0, 7.0, math.inf, -math.inf, math.nan]
+    counts = passes.histogram(loaded(), [torch.tensor(values)], 4)[0]
+    assert counts.tolist() == [4, 1, 0, 4]
+
+
+def test_number_of_threads_changes_no_classes(threads: None) -> None:
+    margins = torch.randn(1, 1, 300, 400)
+    classes = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        classes.append(AdaptiveRouting().classes(margins, (0.0, 0.7)))
+    with without_kernels():
+        classes.append(AdaptiveRouting().classes(margins, (0.0, 0.7)))
+    assert all(torch.equal(one, classes[0]) for one in classes)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [torch.zeros(3, dtype=torch.float64), torch.zeros(2, 3), torch.zeros(6)[::2]],
+)
+def test_other_scores_than_the_histogram_reads_are_refused(scores: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="scores"):
+        passes.histogram(loaded(), [scores], 4)

@@ -19,7 +19,7 @@ from models.sampler import LIIFSampler
 from utils.errors import UserError
 
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-_PASSES = ("refine",)
+_PASSES = ("refine", "histogram")
 
 
 class _Layer(ctypes.Structure):

@@ -4,7 +4,7 @@ Axes: B batch, C channels, H W output.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class _Refinement(ctypes.Structure):
         ("out", _POINTER),
         *((name, _LONG) for name in ("out_image_stride", "out_channel_stride")),
         *((name, _LONG) for name in ("out_row_stride", "next")),
+    )
+
+
+class _Histogram(ctypes.Structure):
+    _fields_ = (
+        *(("score", _POINTER), ("scores", _LONG), ("bins", _INT), ("tables", _INT)),
+        *(("bin", _POINTER), ("next", _LONG), ("threads", _INT)),
     )
 
 
@@ -76,3 +83,28 @@ def refine_rows(
     )
     if out_BCrW.numel():
         library.run("refine", job, images * rows)
+
+
+def histogram(library: Library, chunks: Iterable[Tensor], bins: int) -> Tensor:
+    """(2, bins) float64: each bin's count and its scores' sum.
+
+    Args:
+        chunks: of scores in [0, 1], flat, float32, contiguous. What is beyond counts as the last
+            bin's or the first's, NaN as the first's.
+
+    Raises:
+        ValueError: tensors of other shapes, types or devices than these, or not contiguous.
+    """
+    threads = torch.get_num_threads()
+    tables_TB2 = torch.zeros(threads, bins, 2, dtype=torch.float64)
+    for scores in chunks:
+        check_tensor("scores", scores, torch.float32, (scores.numel(),))
+        job = _Histogram(
+            score=scores.data_ptr(),
+            scores=len(scores),
+            bins=bins,
+            tables=threads,
+            bin=tables_TB2.data_ptr(),
+        )
+        library.run("histogram", job, threads)
+    return tables_TB2.sum(0).t()
