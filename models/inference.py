@@ -159,9 +159,9 @@ def _one_image(
         kept, flops = _route_globally(engine, lr, grid, routing, log_costs, classes)
         runs, passes = (engine.encode_rows(lr), 2) if kept is None else (kept.runs(), 1)
     sr = lr.new_empty(1, 3, *size)
-    refiner = RefineRows() if refinement else None
+    refiner = RefineRows(sr) if refinement else None
     counts = []
-    first = done = 0
+    first = 0
     for feat in runs:
         part, rows = grid.part(first, first + feat.shape[2])
         first += feat.shape[2]
@@ -172,11 +172,10 @@ def _one_image(
         out = engine.upsample(lr, feat, part, classes[:, rows])
         counts.append(out.pixel_counts)
         flops += out.flops
-        ready = out.sr
-        if refiner is not None:
-            ready = refiner.push(out.sr, classes[:, rows], last=first == lr_size[0])
-        sr[:, :, done : done + ready.shape[2]] = ready
-        done += ready.shape[2]
+        if refiner is None:
+            sr[:, :, rows] = out.sr
+        else:
+            refiner.push(out.sr, classes[:, rows], last=first == lr_size[0])
     return SRResult(sr, classes, _summed(counts), (1, *lr_size), flops, passes)
 
 

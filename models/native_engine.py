@@ -17,7 +17,7 @@ from models.cost import UpsamplingCost
 from models.fast import FastEngine
 from models.grid import PixelGrid
 from models.inference import Upsampled
-from models.native.bindings import Library, NativeMLP
+from models.native.bindings import Library, NativeMLP, Skip
 from models.pcsr import PCSR
 from models.routing import relative_to_lightest
 from models.streams import Encoder
@@ -92,16 +92,12 @@ class NativeEngine(FastEngine):
         self, lr: Tensor, feat_BChw: Tensor, grid: PixelGrid, classes_BHW: Tensor
     ) -> Upsampled:
         """See `models.inference.Engine`."""
-        sr = grid.bilinear(lr.float())
-        flops = self._library.apply(
-            self._upsamplers,
-            feat_BChw.float(),
-            grid,
-            sr,
-            classes_BHW=classes_BHW.contiguous(),
-            gain_O=self._gain,
-        )
-        counts = [int((classes_BHW == j).sum()) for j in range(1, len(self._upsamplers))]
+        sr = torch.empty(len(feat_BChw), 3, *grid.out_size, dtype=torch.float32)
+        skip = Skip(lr.float().contiguous(), classes_BHW.contiguous(), self._gain)
+        flops = self._library.apply(self._upsamplers, feat_BChw.float(), grid, sr, skip=skip)
+        # Ten times as fast as torch, which counts bytes as 64-bit numbers.
+        classes = classes_BHW.numpy()
+        counts = [int(np.count_nonzero(classes == j)) for j in range(1, len(self._upsamplers))]
         return Upsampled(sr, [classes_BHW.numel() - sum(counts), *counts], flops)
 
     @torch.inference_mode()
@@ -113,19 +109,19 @@ class NativeEngine(FastEngine):
         h, w = 2, 2 * self._library.group + 3
         generator = torch.Generator().manual_seed(0)
         feat = torch.randn(1, model.encoder.out_dim, h, w, generator=generator)
-        lr = torch.zeros(1, 3, h, w)
+        lr = torch.rand(1, 3, h, w, generator=generator)
         for size in ((2 * h, 2 * w), (3, w + 5)):
             grid = PixelGrid.build((h, w), size)
             classes = torch.randint(len(self._upsamplers), (1, *size), generator=generator)
             residual = torch.zeros(1, 3, *size)
             for j, sampler in enumerate(model.upsamplers):
                 residual = sampler.dense(feat, grid).where(classes[:, None] == j, residual)
-            theirs = [residual * self.norm.std]
+            theirs = [residual * self.norm.std + grid.bilinear(lr)]
             ours = [self.upsample(lr, feat, grid, classes.to(torch.uint8)).sr]
             if model.classifier is not None:
                 theirs.append(relative_to_lightest(model.classifier.dense(feat, grid)))
                 ours.append(self.classify(feat, grid)[0])
-            for what, one, other in zip(("residuals", "margins"), ours, theirs, strict=False):
+            for what, one, other in zip(("images", "margins"), ours, theirs, strict=False):
                 same_nan = torch.equal(one.isnan(), other.isnan())
                 one, other = one.nan_to_num(), other.nan_to_num()
                 if not (same_nan and (one - other).norm() <= native.TOLERANCE * other.norm()):

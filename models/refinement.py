@@ -3,9 +3,18 @@
 Axes: B batch, H W output.
 """
 
+import functools
+import logging
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from models.native import library
+from models.native.bindings import Library
+from models.native.passes import refine_rows
+
+_log = logging.getLogger(__name__)
 # Rows that are averaged at once: their temporaries stay in cache.
 _STRIP_ROWS = 64
 
@@ -24,6 +33,43 @@ def refine(prediction_B3HW: Tensor, classes_BHW: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W), same dtype; `prediction_B3HW` is left unchanged.
     """
+    refined = torch.empty_like(prediction_B3HW, memory_format=torch.contiguous_format)
+    _refine_into(refined, [(prediction_B3HW, classes_BHW)], 0)
+    return refined
+
+
+def _refine_into(out_B3rW: Tensor, pieces: Sequence[tuple[Tensor, Tensor]], first: int) -> None:
+    """Rows `first` to first + r of what :func:`refine` gives for pieces one under the other."""
+    predictions, classes = zip(*pieces, strict=True)
+    tensors = [out_B3rW, *predictions]
+    if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
+        kernels = library()
+        in_order = all(tensor.stride(-1) == 1 for tensor in (*tensors, *classes))
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if kernels is not None and in_order and not needs_grad and _are_right(kernels):
+            refine_rows(kernels, pieces, first, out_B3rW)
+            return
+    refined = _plainly_refined(torch.cat(predictions, dim=2), torch.cat(classes, dim=1))
+    out_B3rW.copy_(refined[:, :, first : first + out_B3rW.shape[2]])
+
+
+@functools.cache
+def _are_right(kernels: Library) -> bool:
+    """Whether the compiled pass gives what plain torch does, on a small image."""
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.rand(1, 3, 5, 300, generator=generator)
+    classes = torch.randint(3, (1, 5, 300), generator=generator).to(torch.uint8)
+    classes[..., 70:] = 0
+    ours = torch.empty_like(prediction)
+    refine_rows(kernels, [(prediction, classes)], 0, ours)
+    right = bool((ours - _plainly_refined(prediction, classes)).abs().max() <= 1e-6)
+    if not right:
+        _log.warning("CPU kernels: their refinement is wrong; plain torch is used instead")
+    return right
+
+
+def _plainly_refined(prediction_B3HW: Tensor, classes_BHW: Tensor) -> Tensor:
+    """:func:`refine` by torch, on any device."""
     refined = prediction_B3HW.clone()
     height, width = prediction_B3HW.shape[-2:]
     if min(height, width) < 3:
@@ -51,28 +97,28 @@ def _heaviest_of_3x3(classes_BHW: Tensor) -> Tensor:
 
 
 class RefineRows:
-    """:func:`refine` on an image that comes in runs of rows, from top to bottom."""
+    """:func:`refine` on an image that comes in runs of rows, from top to bottom.
 
-    def __init__(self) -> None:
-        self._kept: tuple[Tensor, Tensor] | None = None
-        self._at_top = True
+    Args:
+        out_B3HW: takes the refined image, row by row as soon as they are determined.
+    """
 
-    def push(self, prediction_B3rW: Tensor, classes_BrW: Tensor, last: bool) -> Tensor:
-        """Take the next rows; `last` says that no more follow.
+    def __init__(self, out_B3HW: Tensor) -> None:
+        self._out = out_B3HW
+        self._done = 0
+        # The last row that was given and the one that waits for the row below it.
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
-        Returns:
-            (B, 3, r', W): the refined rows that are determined now and were not before.
-        """
-        prediction, classes = prediction_B3rW, classes_BrW
-        if self._kept is not None:
-            prediction = torch.cat([self._kept[0], prediction], dim=2)
-            classes = torch.cat([self._kept[1], classes], dim=1)
-        start = 0 if self._at_top else 1
-        stop = prediction.shape[2] - (0 if last else 1)
-        if stop <= start:
-            self._kept = prediction, classes
-            return prediction[:, :, :0]
-        self._at_top = False
-        # The last row that is given now and the one that waits for the row below it.
-        self._kept = prediction[:, :, stop - 1 :], classes[:, stop - 1 :]
-        return refine(prediction, classes)[:, :, start:stop]
+    def push(self, prediction_B3rW: Tensor, classes_BrW: Tensor, last: bool) -> None:
+        """Take the next rows; `last` says that no more follow."""
+        pieces = [*self._kept, (prediction_B3rW, classes_BrW)]
+        height = sum(prediction.shape[2] for prediction, _ in pieces)
+        start = min(1, self._done)
+        count = height - start - (0 if last else 1)
+        if count > 0:
+            _refine_into(self._out[:, :, self._done : self._done + count], pieces, start)
+            self._done += count
+        # Copies: a view would keep the memory of all rows.
+        below = [(prediction[:, :, -2:], classes[:, -2:]) for prediction, classes in pieces]
+        predictions, classes = zip(*below, strict=True)
+        self._kept = [(torch.cat(predictions, dim=2)[:, :, -2:], torch.cat(classes, dim=1)[:, -2:])]

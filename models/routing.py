@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.native import library
+from models.native.passes import histogram as histogram_of
 from utils.errors import UserError
 
 # Beyond this k every logit is negligible; larger values would overflow float32.
@@ -87,7 +89,8 @@ class KRouting:
             score = margin.float() - k * (log_costs_M[j] - log_costs_M[0])
             better = score > best
             classes.masked_fill_(better, j)
-            best = torch.where(better, score, best)
+            if j + 1 < len(log_costs_M):
+                best = torch.where(better, score, best)
         return classes
 
     def describe(self) -> str:
@@ -133,7 +136,7 @@ class AdaptiveRouting:
         threshold = lloyd_threshold(*scores.histogram().cpu().numpy())
         classes = _all_light(margins_BKHW)
         for chunk, of_chunk in zip(classes.view(-1).split(_CHUNK_PIXELS), scores, strict=True):
-            chunk.copy_(of_chunk > threshold)
+            torch.gt(of_chunk, threshold, out=chunk.view(torch.bool))
         return classes
 
     def describe(self) -> str:
@@ -165,6 +168,8 @@ class HeavyScores:
     def histogram(self) -> Tensor:
         """(2, bins) float64: each bin's count and its scores' sum; the device is not waited for."""
         like = self._low
+        if like.device.type == "cpu" and (kernels := library()) is not None:
+            return histogram_of(kernels, self, _SCORE_BINS)
         histogram = torch.zeros(2, _SCORE_BINS, dtype=torch.float64, device=like.device)
         one = histogram.new_ones(())
         for chunk in self:

@@ -17,7 +17,7 @@ from models.cost import count_rows
 from models.fast import FastEngine
 from models.inference import super_resolve
 from models.native import compiler, library
-from models.native.bindings import Library, NativeMLP
+from models.native.bindings import Library, NativeMLP, Skip
 from models.native_engine import NativeEngine
 from models.reference import ReferenceEngine
 from models.routing import FixedRouting, KRouting
@@ -129,6 +129,39 @@ def test_threads_of_our_own_where_torch_has_none_to_lend() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(result.sr, expected.sr)
+
+
+@has_compiler
+@pytest.mark.parametrize(
+    ("lr_size", "size"),
+    [
+        ((1, 1), (1, 1)),
+        ((1, 1), (5, 7)),
+        ((2, 5), (8, 20)),
+        ((9, 7), (25, 30)),
+        ((9, 7), (4, 3)),
+        ((3, 300), (7, 1333)),
+        ((3, 513), (9, 1539)),
+    ],
+)
+def test_enlarged_lr_is_that_of_plain_torch(
+    lr_size: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Also of parts of the rows, and in all of a batch; what was in `out` before is not read."""
+    kernels = loaded()
+    sampler = make_model("fsrcnn", 3).upsamplers[0]
+    mlps = [NativeMLP.pack(sampler, kernels.tile) for _ in range(2)]
+    lr, feat = torch.rand(2, 3, *lr_size), torch.rand(2, 12, *lr_size)
+    lr[0, 1, -1, -1] = float("nan")
+    lr[1, 2, 0, 0] = float("inf")
+    grid, classes = grid_of(lr, size), torch.randint(2, (2, *size)).to(torch.uint8)
+    expected = grid.bilinear(lr)
+    for first, last in ((0, lr_size[0]), (0, 1), (lr_size[0] // 2, lr_size[0])):
+        part, rows = grid.part(first, last)
+        out = torch.full((2, 3, *part.out_size), float("nan"))
+        skip = Skip(lr, classes[:, rows].contiguous(), torch.zeros(3))
+        kernels.apply(mlps, feat[:, :, first:last], part, out, skip=skip)
+        torch.testing.assert_close(out, expected[:, :, rows], rtol=0, atol=1e-6, equal_nan=True)
 
 
 @has_compiler
@@ -259,6 +292,9 @@ def test_a_compiler_that_fails(fresh: Path) -> None:
         ("out_BOHW", torch.zeros(1, 3, 32, 31)),
         ("classes_BHW", torch.zeros(1, 32, 32, dtype=torch.int64)),
         ("gain_O", torch.zeros(2)),
+        ("lr_BOhw", torch.zeros(1, 3, 7, 8)),
+        ("lr_BOhw", torch.zeros(1, 3, 8, 9)),
+        ("lr_BOhw", torch.zeros(1, 3, 8, 8, dtype=torch.float64)),
     ],
 )
 def test_other_tensors_than_the_kernels_read_are_refused(name: str, value: torch.Tensor) -> None:
@@ -267,13 +303,18 @@ def test_other_tensors_than_the_kernels_read_are_refused(name: str, value: torch
     tensors = {
         "feat_BChw": torch.zeros(1, 12, 8, 8),
         "out_BOHW": torch.zeros(1, 3, 32, 32),
+        "lr_BOhw": torch.zeros(1, 3, 8, 8),
         "classes_BHW": torch.zeros(1, 32, 32, dtype=torch.uint8),
         "gain_O": torch.ones(3),
     }
     grid = grid_of(torch.zeros(1, 3, 8, 8), (32, 32))
-    kernels.apply(mlps, grid=grid, **tensors)
+
+    def apply(feat: torch.Tensor, out: torch.Tensor, *of_skip: torch.Tensor) -> None:
+        kernels.apply(mlps, feat, grid, out, skip=Skip(*of_skip))
+
+    apply(*tensors.values())
     with pytest.raises(ValueError, match=name):
-        kernels.apply(mlps, grid=grid, **{**tensors, name: value})
+        apply(*{**tensors, name: value}.values())
 
 
 @has_compiler
@@ -346,4 +387,4 @@ def test_kernels_that_are_wrong_are_not_used(
 
     monkeypatch.setattr(Library, "apply", wrong)
     assert type(make_engine(make_model("fsrcnn"))) is FastEngine
-    assert "residuals are wrong; plain torch is used instead" in caplog.text
+    assert "images are wrong; plain torch is used instead" in caplog.text

@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from models.grid import PixelGrid
+from models.grid import GridAxis, PixelGrid
 from models.sampler import LIIFSampler
 from utils.errors import UserError
 
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_PASSES = ("refine", "histogram")
 
 
 class _Layer(ctypes.Structure):
@@ -32,6 +33,17 @@ class _Mlp(ctypes.Structure):
     )
 
 
+class _Sides(ctypes.Structure):
+    _fields_ = (("lower", _POINTER), ("upper", _POINTER), ("weight", _POINTER))
+
+
+class _Bilinear(ctypes.Structure):
+    _fields_ = (
+        *(("lr", _POINTER), ("row_stride", _LONG), ("channel_stride", _LONG)),
+        *(("rows", _Sides), ("cols", _Sides)),
+    )
+
+
 class _Job(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("h", "w", "channels", "H", "W", "scale")),
@@ -40,6 +52,7 @@ class _Job(ctypes.Structure):
         *((name, _POINTER) for name in ("first_out", "nearest", "first_col")),
         *(("mlps", _INT), ("mlp", ctypes.POINTER(_Mlp))),
         *((name, _POINTER) for name in ("classes", "out", "gain")),
+        ("enlarged", _Bilinear),
         *(("next", _LONG), ("macs", _LONG)),
     )
 
@@ -122,6 +135,30 @@ def _in_tiles(weight_OI: Tensor, tile: int) -> Tensor:
     return torch.cat(groups)
 
 
+@dataclass(frozen=True)
+class Skip:
+    """What upsamplers compute beyond a classifier: ``bilinear(lr) + gain * mlp_of_class``.
+
+    Attributes:
+        lr_BOhw: float32, the *whole* LR image, contiguous.
+        classes_BHW: uint8: each pixel's MLP.
+        gain_O: float32.
+    """
+
+    lr_BOhw: Tensor
+    classes_BHW: Tensor
+    gain_O: Tensor
+
+    def check(self, batch_outputs: tuple[int, int], grid: PixelGrid) -> None:
+        """Raises ValueError where a tensor is not what the kernels read on this grid."""
+        batch, outputs = batch_outputs
+        height = max(self.lr_BOhw.shape[2], grid.rows.span[1] + 1)
+        shape = (batch, outputs, height, grid.cols.lr_len)
+        check_tensor("lr_BOhw", self.lr_BOhw, torch.float32, shape)
+        check_tensor("classes_BHW", self.classes_BHW, torch.uint8, (batch, *grid.out_size))
+        check_tensor("gain_O", self.gain_O, torch.float32, (outputs,))
+
+
 class Library:
     """The compiled kernels. It holds addresses, and so cannot be copied or pickled.
 
@@ -149,9 +186,10 @@ class Library:
             self.rows_half_margin = int(self._library.pcsr_rows_half_margin())
             self.rows_has_half = bool(self._library.pcsr_rows_has_half())
             self._rows_work = self._library.pcsr_rows_work
+            self._passes = {name: self._library[f"pcsr_{name}_work"] for name in _PASSES}
         except (OSError, AttributeError) as error:
             raise UserError(f"CPU kernels: {path} cannot be loaded ({error})") from error
-        for work in (self._work, self._rows_work):
+        for work in (self._work, self._rows_work, *self._passes.values()):
             work.argtypes = (_POINTER,)
             work.restype = None
         # The threads that torch uses, too: others would have to share the cores with these, which
@@ -165,18 +203,16 @@ class Library:
         grid: PixelGrid,
         out_BOHW: Tensor,
         *,
-        classes_BHW: Tensor | None = None,
-        gain_O: Tensor | None = None,
+        skip: Skip | None = None,
     ) -> int:
         """Every output pixel through an MLP; returns the executed FLOPs.
 
         Args:
-            mlps: one, or with `classes_BHW` one per class.
+            mlps: one, or with `skip` one per class.
             feat_BChw: float32, in any order of memory.
             grid: of these LR rows.
-            out_BOHW: float32; overwritten, or with `classes_BHW` added to.
-            classes_BHW: uint8: each pixel's MLP.
-            gain_O: float32, factor of what is added.
+            out_BOHW: float32; overwritten.
+            skip: which MLP each pixel goes through, and what its result is added to.
 
         Raises:
             ValueError: tensors of other shapes, types or devices than these, or not contiguous.
@@ -184,11 +220,10 @@ class Library:
         """
         (h, w), (H, W) = (grid.rows.lr_len, grid.cols.lr_len), grid.out_size
         batch, channels, outputs = len(feat_BChw), mlps[0].widths[0], mlps[0].out_dim
-        _check("feat_BChw", feat_BChw, torch.float32, (batch, channels, h, w), any_order=True)
-        _check("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
-        if classes_BHW is not None and gain_O is not None:
-            _check("classes_BHW", classes_BHW, torch.uint8, (batch, H, W))
-            _check("gain_O", gain_O, torch.float32, (outputs,))
+        check_tensor("feat_BChw", feat_BChw, torch.float32, (batch, channels, h, w), "any")
+        check_tensor("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
+        if skip is not None:
+            skip.check((batch, outputs), grid)
         keep: list[Tensor] = []
 
         def address(tensor: Tensor | None) -> int | None:
@@ -215,12 +250,19 @@ class Library:
             ),
             mlps=len(mlps),
             mlp=structures,
-            gain=address(gain_O),
         )
+        if skip is not None:
+            job.gain = address(skip.gain_O)
+            job.enlarged.row_stride = skip.lr_BOhw.stride(2)
+            job.enlarged.channel_stride = skip.lr_BOhw.stride(1)
+            job.enlarged.rows = _sides(grid.rows, address)
+            job.enlarged.cols = _sides(grid.cols, address)
         tasks = h * -(-w // self._segment)
         for image in range(batch):
             job.feat, job.out = feat_BChw[image].data_ptr(), out_BOHW[image].data_ptr()
-            job.classes = None if classes_BHW is None else classes_BHW[image].data_ptr()
+            if skip is not None:
+                job.classes = skip.classes_BHW[image].data_ptr()
+                job.enlarged.lr = skip.lr_BOhw[image].data_ptr()
             job.next = 0
             self._run(self._work, job, min(torch.get_num_threads(), tasks))
             if job.next < tasks:
@@ -230,6 +272,10 @@ class Library:
     def run_rows(self, run: ctypes.Structure) -> None:
         """Rows through a network, see `models.native.rows`."""
         self._run(self._rows_work, run, torch.get_num_threads())
+
+    def run(self, name: str, job: ctypes.Structure, tasks: int) -> None:
+        """One of the passes, see `models.native.passes`, on as many threads as there are tasks."""
+        self._run(self._passes[name], job, min(torch.get_num_threads(), tasks))
 
     def _run(self, work: Callable[[Any], None], job: ctypes.Structure, threads: int) -> None:
         pointer = ctypes.byref(job)
@@ -243,18 +289,33 @@ class Library:
                 list(pool.map(lambda _: work(pointer), range(threads)))
 
 
-def _check(
+def check_tensor(
     name: str,
     tensor: Tensor,
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    *,
-    any_order: bool = False,
+    order: Literal["contiguous", "rows", "any"] = "contiguous",
 ) -> None:
-    """The kernels read and write what they are told to, whatever is there."""
+    """The kernels read and write what they are told to, whatever is there.
+
+    Args:
+        order: of memory that the kernel needs; "rows": the columns of a row beside one another.
+
+    Raises:
+        ValueError: a tensor of another shape, type, device or order.
+    """
     found = (tensor.dtype, tuple(tensor.shape), tensor.device.type)
-    if found != (dtype, shape, "cpu") or not (any_order or tensor.is_contiguous()):
-        raise ValueError(f"CPU kernels: {name} is {found}, not contiguous {(dtype, shape, 'cpu')}")
+    in_order = (
+        order == "any"
+        or tensor.is_contiguous()
+        or (order == "rows" and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1))
+    )
+    if found != (dtype, shape, "cpu") or not in_order:
+        raise ValueError(f"CPU kernels: {name} is {found}, not {order} {(dtype, shape, 'cpu')}")
+
+
+def _sides(axis: GridAxis, address: Callable[[Tensor | None], int | None]) -> _Sides:
+    return _Sides(address(axis.lower.int()), address(axis.upper.int()), address(axis.weight))
 
 
 def _starts(nearest: Tensor, bounds: Tensor) -> Tensor:

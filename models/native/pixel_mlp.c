@@ -10,6 +10,7 @@
  * Axes: C channels, D width of the first layer, O outputs, h w LR, H W output, P terms.
  */
 
+#include "bilinear.h"
 #include "vectors.h"
 
 /* LR pixels of a row at once, a multiple of GROUP; and what their arrays are wide: columns of a
@@ -41,8 +42,9 @@ typedef struct {
     int32_t mlps;             /* light to heavy; to classify, one */
     const Mlp *mlp;
     const uint8_t *classes;   /* (H, W); null to classify */
-    float *out;               /* (O, H, W): overwritten to classify, added to otherwise */
-    const float *gain;        /* (O,) factor of what is added */
+    float *out;               /* (O, H, W), overwritten */
+    const float *gain;        /* (O,) factor of what the MLPs add to the enlarged LR */
+    Bilinear enlarged;        /* of O channels; not read to classify */
     int64_t next;             /* the next task that no thread has taken */
     int64_t macs;             /* multiply-adds, without those of lanes that fill a vector */
 } Job;
@@ -59,6 +61,7 @@ typedef struct {
     float *first; /* (D, STRIDE) */
     float *x, *y; /* (widest, GROUP) */
     Pixel *pixels;
+    WideRows rows; /* (O, W) each */
     int64_t macs;
 } Scratch;
 
@@ -111,6 +114,8 @@ static const float *finish(const Mlp *mlp, Scratch *s) {
     return x;
 }
 
+static int32_t outputs_of(const Mlp *mlp) { return mlp->layer[mlp->layers - 1].outputs; }
+
 static void count_macs(const Mlp *mlp, int32_t first, int64_t pixels, Scratch *s) {
     for (int32_t l = first; l < (first ? mlp->layers : 1); l++)
         s->macs += pixels * mlp->layer[l].inputs * mlp->layer[l].outputs;
@@ -134,7 +139,7 @@ static void store(const Job *job, const float *y, int32_t outputs, const Pixel *
 /* Any pixels of a segment, in groups. */
 static void scattered(const Job *job, const Mlp *mlp, int32_t row, int32_t count, Scratch *s) {
     const int32_t width = mlp->layer[0].outputs, terms = mlp->term_count;
-    const int32_t outputs = mlp->layer[mlp->layers - 1].outputs;
+    const int32_t outputs = outputs_of(mlp);
     const float *of_row = mlp->rows ? mlp->rows + (int64_t)row * width : NULL;
     count_macs(mlp, 1, count, s);
     for (int32_t first = 0; first < count; first += GROUP) {
@@ -164,7 +169,7 @@ static void scattered(const Job *job, const Mlp *mlp, int32_t row, int32_t count
 static void phases(const Job *job, const Mlp *mlp, int32_t r, int32_t q0, int32_t count,
                    Scratch *s) {
     const int32_t scale = job->scale, width = mlp->layer[0].outputs;
-    const int32_t outputs = mlp->layer[mlp->layers - 1].outputs;
+    const int32_t outputs = outputs_of(mlp);
     const int64_t plane = (int64_t)job->H * job->W;
     count_macs(mlp, 1, (int64_t)count * scale * scale, s);
     for (int32_t phase = 0; phase < scale * scale; phase++) {
@@ -263,6 +268,16 @@ static void run_segment(const Job *job, int32_t r, int32_t segment, int32_t j, S
     }
 }
 
+/* The enlarged LR in all pixels of a segment, which are then still in the cache when MLPs add. */
+static void enlarge(const Job *job, int32_t r, int32_t segment, Scratch *s) {
+    const int32_t channels = outputs_of(&job->mlp[0]), first = job->first_col[segment];
+    const int32_t count = job->first_col[segment + 1] - first;
+    s->rows.row[0] = s->rows.row[1] = -1;
+    for (int32_t row = job->first_out[r]; row < job->first_out[r + 1]; row++)
+        enlarge_row(&job->enlarged, channels, row, first, count, &s->rows,
+                    job->out + (int64_t)row * job->W + first, (int64_t)job->H * job->W);
+}
+
 static int32_t widest(const Job *job) {
     int32_t most = 1;
     for (int32_t j = 0; j < job->mlps; j++)
@@ -287,12 +302,17 @@ void pcsr_work(void *argument) {
         .y = allocate(sizeof(float) * width * GROUP),
         .pixels = allocate(sizeof(Pixel) * most),
     };
-    if (s.feat && s.first && s.x && s.y && s.pixels) {
+    /* Twice the rows of three channels, one after the other. */
+    const size_t wide = job->classes ? (size_t)outputs_of(&job->mlp[0]) * job->W : 0;
+    s.rows.wide[0] = allocate(sizeof(float) * 2 * wide);
+    s.rows.wide[1] = s.rows.wide[0] + wide;
+    if (s.feat && s.first && s.x && s.y && s.pixels && s.rows.wide[0]) {
         for (;;) {
             const int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
             if (task >= tasks) break;
-            for (int32_t j = 0; j < job->mlps; j++)
-                run_segment(job, task / segments, task % segments, j, &s);
+            const int32_t r = task / segments, segment = task % segments;
+            if (job->classes) enlarge(job, r, segment, &s);
+            for (int32_t j = 0; j < job->mlps; j++) run_segment(job, r, segment, j, &s);
         }
         __atomic_fetch_add(&job->macs, s.macs, __ATOMIC_RELAXED);
     }
@@ -301,4 +321,5 @@ void pcsr_work(void *argument) {
     free(s.x);
     free(s.y);
     free(s.pixels);
+    free(s.rows.wide[0]);
 }
