@@ -14,12 +14,13 @@ from torch import Tensor
 
 from models import native
 from models.cost import UpsamplingCost
-from models.fast import FastEngine
+from models.fast import HALF_MIN_WIDTH, FastEngine
 from models.grid import PixelGrid
 from models.inference import Upsampled
 from models.native.bindings import Library, NativeMLP, Skip
 from models.pcsr import PCSR
 from models.routing import relative_to_lightest
+from models.sampler import LIIFSampler
 from models.streams import Encoder
 from utils.errors import UserError
 
@@ -53,7 +54,14 @@ class NativeEngine(FastEngine):
         encoder = encoder or native.fused_encoder(model.encoder, dtype)
         super().__init__(model, run_px=run_px, dtype=dtype, encoder=encoder)
         self._library = library
-        self._upsamplers = [NativeMLP.pack(s, library.tile) for s in model.upsamplers]
+        self._tolerance = native.TOLERANCE
+        half = dtype == torch.bfloat16 and library.rows_has_half
+        self._upsamplers = [
+            NativeMLP.pack(sampler, library.tile, half=half and _is_wide(sampler))
+            for sampler in model.upsamplers
+        ]
+        if any(mlp.half_layers for mlp in self._upsamplers):
+            self._tolerance = native.HALF_TOLERANCE
         self._classifier = None
         if model.classifier is not None:
             self._classifier = NativeMLP.pack(model.classifier, library.tile, margins=True)
@@ -124,5 +132,10 @@ class NativeEngine(FastEngine):
             for what, one, other in zip(("images", "margins"), ours, theirs, strict=False):
                 same_nan = torch.equal(one.isnan(), other.isnan())
                 one, other = one.nan_to_num(), other.nan_to_num()
-                if not (same_nan and (one - other).norm() <= native.TOLERANCE * other.norm()):
+                if not (same_nan and (one - other).norm() <= self._tolerance * other.norm()):
                     raise UserError(f"CPU kernels: their {what} are wrong")
+
+
+def _is_wide(sampler: LIIFSampler) -> bool:
+    """Whether an MLP gains by half precision more than rounding its activations costs."""
+    return max(layer.out_features for layer in sampler.imnet.linears) >= HALF_MIN_WIDTH

@@ -21,6 +21,7 @@ from models.native.bindings import Library, NativeMLP, Skip
 from models.native_engine import NativeEngine
 from models.reference import ReferenceEngine
 from models.routing import FixedRouting, KRouting
+from models.sampler import LIIFSampler
 from tests.test_fast import check_equal, grid_of, make_model
 from utils.errors import UserError
 
@@ -349,6 +350,34 @@ def test_batches_features_of_any_layout_and_parts_without_rows(size: tuple[int, 
     assert rows == slice(0, 0)
     nothing = engine.upsample(lr[:1], feat[:1, :, :1], empty, classes[:1, :0, :28])
     assert nothing.sr.shape == (1, 3, 0, 28) and nothing.flops == 0
+
+
+@has_compiler
+@pytest.mark.parametrize("size", [(36, 28), (25, 30), (5, 1300)])
+@pytest.mark.parametrize("hidden", [[48], [70, 74], [100, 33, 64]])
+def test_wide_mlps_in_half_precision(size: tuple[int, int], hidden: list[int]) -> None:
+    """All pixels, and those of a class; widths that fill no tile, a batch, scales of all kinds."""
+    if not loaded().rows_has_half:
+        pytest.skip("needs a processor with AMX")
+    spec = {"name": "mlp", "args": {"hidden_list": hidden}}
+    torch.manual_seed(0)
+    sampler = LIIFSampler(in_dim=13, out_dim=3, imnet_spec=spec)
+    mlp, full = (NativeMLP.pack(sampler, loaded().tile, half=half) for half in (True, False))
+    w = 7 if size[1] < 1000 else 325
+    lr, feat = torch.rand(2, 3, 9, w), torch.randn(2, 13, 9, w)
+    feat[1, :, 4, 3] = float("nan")
+    grid = grid_of(lr, size)
+    everywhere = torch.empty(2, 3, *size)
+    loaded().apply([mlp], feat, grid, everywhere)
+    expected = sampler.dense(feat, grid)
+    assert torch.equal(everywhere.isnan(), expected.isnan()) and expected.isnan().any()
+    difference = (everywhere - expected).nan_to_num().norm()
+    assert 0 < difference <= 1e-2 * expected.nan_to_num().norm()
+    classes = torch.randint(2, (2, *size), dtype=torch.uint8)
+    skip, sr = Skip(lr, classes, torch.ones(3)), torch.empty(2, 3, *size)
+    loaded().apply([full, mlp], feat, grid, sr, skip=skip)
+    chosen = torch.where(classes[:, None] == 0, expected, everywhere)
+    torch.testing.assert_close(sr, chosen + grid.bilinear(lr), rtol=0, atol=1e-5, equal_nan=True)
 
 
 @has_compiler

@@ -13,12 +13,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from models.grid import GridAxis, PixelGrid
 from models.sampler import LIIFSampler
 from utils.errors import UserError
 
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+# Outputs of a pair of matrix tiles, and inputs of a tile.
+_PAIR = 32
 _PASSES = ("refine", "histogram")
 
 
@@ -26,10 +29,18 @@ class _Layer(ctypes.Structure):
     _fields_ = (("inputs", _INT), ("outputs", _INT), ("weight", _POINTER), ("bias", _POINTER))
 
 
+class _HalfMlp(ctypes.Structure):
+    _fields_ = (
+        ("layers", _INT),
+        *(("layer", ctypes.POINTER(_Layer)), ("terms", _POINTER), ("rows", _POINTER)),
+    )
+
+
 class _Mlp(ctypes.Structure):
     _fields_ = (
         *(("layers", _INT), ("term_count", _INT)),
         *(("layer", ctypes.POINTER(_Layer)), ("terms", _POINTER), ("rows", _POINTER)),
+        ("half", ctypes.POINTER(_HalfMlp)),
     )
 
 
@@ -68,20 +79,27 @@ class NativeMLP:
         widths: of the features, of each hidden layer, and O.
         geometry_4D: the columns of W1 for rel_y, rel_x, cell_y, cell_x.
         bias_D: b1.
+        half_layers: (weights in pairs of matrix tiles, bfloat16, and bias, filled up) of each
+            layer; None where it runs in float32.
     """
 
     layers: list[tuple[Tensor, Tensor | None]]
     widths: list[int]
     geometry_4D: Tensor
     bias_D: Tensor
+    half_layers: list[tuple[Tensor, Tensor]] | None = None
 
     @classmethod
-    def pack(cls, sampler: LIIFSampler, tile: int, *, margins: bool = False) -> "NativeMLP":
+    def pack(
+        cls, sampler: LIIFSampler, tile: int, *, margins: bool = False, half: bool = False
+    ) -> "NativeMLP":
         """Pack a sampler's weights.
 
         Args:
             tile: the most outputs that are computed at once.
             margins: give each output relative to the first one, which is left out.
+            half: to run in bfloat16, see `mlp_amx.h`; for MLPs of two layers or more and at most
+                32 outputs.
         """
         pairs = [(layer.weight.detach(), layer.bias.detach()) for layer in sampler.imnet.linears]
         if margins:
@@ -93,7 +111,14 @@ class NativeMLP:
         layers += [(_in_tiles(weight, tile), bias.clone()) for weight, bias in rest]
         widths = [channels, len(first), *(len(weight) for weight, _ in rest)]
         geometry_4D = first[:, channels:].t().clone()
-        return cls(layers, widths, geometry_4D, first_bias.clone())
+        half_layers = None
+        if half and len(rest) > 0 and widths[-1] <= _PAIR:
+            no_bias = torch.zeros(len(first))
+            half_layers = [
+                (_in_pairs(weight), _filled(bias))
+                for weight, bias in [(first[:, :channels], no_bias), *rest]
+            ]
+        return cls(layers, widths, geometry_4D, first_bias.clone(), half_layers)
 
     @property
     def out_dim(self) -> int:
@@ -133,6 +158,18 @@ def _in_tiles(weight_OI: Tensor, tile: int) -> Tensor:
     ends = [t * outputs // count for t in range(count + 1)]
     groups = [weight_OI[a:b].t().flatten() for a, b in itertools.pairwise(ends)]
     return torch.cat(groups)
+
+
+def _filled(values: Tensor) -> Tensor:
+    """The last axis with zeros up to a pair of matrix tiles."""
+    return F.pad(values, (0, -values.shape[-1] % _PAIR)).contiguous()
+
+
+def _in_pairs(weight_OI: Tensor) -> Tensor:
+    """bfloat16, by pair of output tiles, 32 inputs, tile; of each (inputs / 2, outputs, 2)."""
+    full_OI = _filled(_filled(weight_OI).t()).t()
+    pairs = full_OI.reshape(-1, 2, _PAIR // 2, full_OI.shape[1] // _PAIR, _PAIR // 2, 2)
+    return pairs.permute(0, 3, 1, 4, 2, 5).flatten().bfloat16()
 
 
 @dataclass(frozen=True)
@@ -333,4 +370,27 @@ def _mlp(mlp: NativeMLP, grid: PixelGrid, address: Callable[[Tensor | None], int
             )
         )
     )
-    return _Mlp(len(mlp.layers), terms.shape[1], layers, address(terms), address(rows))
+    half = None
+    if mlp.half_layers is not None:
+        half = ctypes.pointer(_half_mlp(mlp, terms, rows, address))
+    return _Mlp(len(mlp.layers), terms.shape[1], layers, address(terms), address(rows), half)
+
+
+def _half_mlp(
+    mlp: NativeMLP,
+    terms: Tensor,
+    rows: Tensor | None,
+    address: Callable[[Tensor | None], int | None],
+) -> _HalfMlp:
+    assert mlp.half_layers is not None
+    widths = [width + -width % _PAIR for width in mlp.widths]
+    layers = (_Layer * len(mlp.half_layers))(
+        *(
+            _Layer(inputs, outputs, address(weight), address(bias))
+            for (weight, bias), (inputs, outputs) in zip(
+                mlp.half_layers, itertools.pairwise(widths), strict=True
+            )
+        )
+    )
+    filled_rows = None if rows is None else _filled(rows)
+    return _HalfMlp(len(layers), layers, address(_filled(terms.t())), address(filled_rows))

@@ -11,6 +11,7 @@
  */
 
 #include "bilinear.h"
+#include "mlp_amx.h"
 #include "vectors.h"
 
 /* LR pixels of a row at once, a multiple of GROUP; and what their arrays are wide: columns of a
@@ -29,6 +30,7 @@ typedef struct {
     int32_t layers, term_count;
     const Layer *layer;
     const float *terms, *rows;
+    const HalfMlp *half; /* the same in half precision; null where it runs in float32 */
 } Mlp;
 
 typedef struct {
@@ -61,6 +63,7 @@ typedef struct {
     float *first; /* (D, STRIDE) */
     float *x, *y; /* (widest, GROUP) */
     Pixel *pixels;
+    HalfScratch half;
     WideRows rows; /* (O, W) each */
     int64_t macs;
 } Scratch;
@@ -241,6 +244,29 @@ static int occurs(const Job *job, int32_t first, int32_t last, int wanted) {
     return size && memchr(job->classes + (int64_t)first * job->W, wanted, size) != NULL;
 }
 
+/* Any pixels of a segment in half precision, in groups. */
+static void half_scattered(const Job *job, const Mlp *mlp, int32_t row, int32_t count,
+                           Scratch *s) {
+    const int32_t outputs = outputs_of(mlp);
+    const int64_t plane = (int64_t)job->H * job->W;
+    count_macs(mlp, 1, count, s);
+    for (int32_t first = 0; first < count; first += HALF_GROUP) {
+        const int32_t used = count - first < HALF_GROUP ? count - first : HALF_GROUP;
+        const Pixel *pixels = s->pixels + first;
+        for (int32_t i = 0; i < used; i++)
+            half_start(mlp->half, i, pixels[i].source, pixels[i].term, row, &s->half);
+        half_finish(mlp->half, &s->half);
+        for (int32_t o = 0; o < outputs; o++) {
+            float *out = job->out + o * plane;
+            const float gain = job->classes ? job->gain[o] : 1.0f;
+            for (int32_t i = 0; i < used; i++) {
+                const float y = gain * s->half.out[32 * i + o];
+                out[pixels[i].pixel] = job->classes ? out[pixels[i].pixel] + y : y;
+            }
+        }
+    }
+}
+
 /* One MLP on its pixels of a segment: on all of them as the lightest or the classifier. It is run
  * where any pixel of the whole row is of its class, which is what the cost of an image counts. */
 static void run_segment(const Job *job, int32_t r, int32_t segment, int32_t j, Scratch *s) {
@@ -249,11 +275,18 @@ static void run_segment(const Job *job, int32_t r, int32_t segment, int32_t j, S
     if (first == last || (job->classes && !occurs(job, first, last, j))) return;
     const int32_t q0 = segment * SEGMENT;
     const int32_t count = job->w - q0 < SEGMENT ? job->w - q0 : SEGMENT;
-    gather(job, r, q0, count, s->feat);
-    for (int32_t q = 0; q < count; q += GROUP)
-        apply(&mlp->layer[0], s->feat + q, STRIDE, s->first + q, STRIDE, 0);
+    if (mlp->half) {
+        half_gather(job->feat + r * job->row_stride + q0 * job->pixel_stride, job->pixel_stride,
+                    job->channel_stride, job->channels, count, mlp->half->layer[0].inputs,
+                    s->half.feat);
+        half_first(mlp->half, count, &s->half);
+    } else {
+        gather(job, r, q0, count, s->feat);
+        for (int32_t q = 0; q < count; q += GROUP)
+            apply(&mlp->layer[0], s->feat + q, STRIDE, s->first + q, STRIDE, 0);
+    }
     count_macs(mlp, 0, count, s);
-    if (job->scale && j == 0) {
+    if (job->scale && j == 0 && !mlp->half) {
         phases(job, mlp, r, q0, count, s);
         return;
     }
@@ -262,7 +295,10 @@ static void run_segment(const Job *job, int32_t r, int32_t segment, int32_t j, S
     for (int32_t row = first; row < last; row++) {
         listed += list_pixels(job, row, segment, wanted, first, s->pixels + listed);
         if (!job->scale || row + 1 == last) {
-            scattered(job, mlp, row, listed, s);
+            if (mlp->half)
+                half_scattered(job, mlp, row, listed, s);
+            else
+                scattered(job, mlp, row, listed, s);
             listed = 0;
         }
     }
@@ -286,6 +322,29 @@ static int32_t widest(const Job *job) {
     return most;
 }
 
+/* Memory for the MLPs in half precision; false where there is not enough. */
+static int allocate_half(const Job *job, HalfScratch *half) {
+    size_t inputs = 0, width = 0, most = 0;
+    for (int32_t j = 0; j < job->mlps; j++) {
+        const HalfMlp *mlp = job->mlp[j].half;
+        if (!mlp) continue;
+        const size_t its_inputs = mlp->layer[0].inputs, its_width = mlp->layer[0].outputs;
+        const size_t its_most = half_widest(mlp);
+        if (its_inputs > inputs) inputs = its_inputs;
+        if (its_width > width) width = its_width;
+        if (its_most > most) most = its_most;
+    }
+    if (!most) return 1;
+    half->feat = allocate(sizeof(uint16_t) * SEGMENT * inputs);
+    half->first = allocate(sizeof(float) * SEGMENT * width);
+    half->x = allocate(sizeof(uint16_t) * HALF_GROUP * most);
+    half->y = allocate(sizeof(uint16_t) * HALF_GROUP * most);
+    half->out = allocate(sizeof(float) * HALF_GROUP * 32);
+    if (!half->feat || !half->first || !half->x || !half->y || !half->out) return 0;
+    memset(half->x, 0, sizeof(uint16_t) * HALF_GROUP * most);
+    return 1;
+}
+
 /* Works on tasks until all are taken: to be called by each thread. Where one has no memory, the
  * others do its work; `next` tells whether any did. */
 void pcsr_work(void *argument) {
@@ -306,7 +365,10 @@ void pcsr_work(void *argument) {
     const size_t wide = job->classes ? (size_t)outputs_of(&job->mlp[0]) * job->W : 0;
     s.rows.wide[0] = allocate(sizeof(float) * 2 * wide);
     s.rows.wide[1] = s.rows.wide[0] + wide;
-    if (s.feat && s.first && s.x && s.y && s.pixels && s.rows.wide[0]) {
+    if (s.feat && s.first && s.x && s.y && s.pixels && s.rows.wide[0] &&
+        allocate_half(job, &s.half)) {
+        HalfState state;
+        if (s.half.x) begin_half(&state);
         for (;;) {
             const int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
             if (task >= tasks) break;
@@ -314,8 +376,14 @@ void pcsr_work(void *argument) {
             if (job->classes) enlarge(job, r, segment, &s);
             for (int32_t j = 0; j < job->mlps; j++) run_segment(job, r, segment, j, &s);
         }
+        if (s.half.x) end_half(&state);
         __atomic_fetch_add(&job->macs, s.macs, __ATOMIC_RELAXED);
     }
+    free(s.half.feat);
+    free(s.half.first);
+    free(s.half.x);
+    free(s.half.y);
+    free(s.half.out);
     free(s.feat);
     free(s.first);
     free(s.x);

@@ -9,42 +9,17 @@
 
 enum { HALF_MARGIN = 4 }; /* pixels of zeros at each end of a row; no kernel's radius is greater */
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
+#include "amx.h"
 
-#include <immintrin.h>
+#if defined(PCSR_HAS_AMX)
+
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef struct {
-    uint8_t before[64];
-} HalfState;
-
-/* Whether the kernel lets this process use tile registers: it has to be asked. */
+/* Whether the system lets this process use tile registers: it has to be asked. */
 int32_t pcsr_rows_has_half(void) {
     const long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
-
-/* Configure the tile registers, and as they were before: other libraries use them, too. */
-static void begin_half(HalfState *state) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int32_t t = 0; t < 8; t++) {
-        config.row_bytes[t] = 64;
-        config.rows[t] = 16;
-    }
-    _tile_storeconfig(state->before);
-    _tile_loadconfig(&config);
-}
-
-static void end_half(const HalfState *state) {
-    if (state->before[0])
-        _tile_loadconfig(state->before);
-    else
-        _tile_release();
 }
 
 static inline int32_t half_pairs(const Step *step) { return step->outputs / 32; }
@@ -109,8 +84,7 @@ static void finish_half(const Part *part, const Step *step, int32_t pair, int32_
         low = activated(step, low, slot);
         high = activated(step, high, slot + 16);
         if (to) {
-            _mm512_storeu_si512(to + (int64_t)(x + i) * slots + slot,
-                                (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            store_half(to + (int64_t)(x + i) * slots + slot, low, high);
         } else {
             /* `slots` of the last step: (first channel, channels) of each 16 slots. */
             const int32_t *place = step->slots + 4 * pair;
@@ -191,13 +165,7 @@ static void run_half(const Part *part, const Step *step, int32_t y, int32_t pair
 
 #else
 
-typedef struct {
-    uint8_t nothing;
-} HalfState;
-
 int32_t pcsr_rows_has_half(void) { return 0; }
-static void begin_half(HalfState *state) { (void)state; }
-static void end_half(const HalfState *state) { (void)state; }
 static int32_t half_pairs(const Step *step) { return step->outputs / 32; }
 static void to_half(const Part *part, const Step *step, int32_t y) {
     (void)part, (void)step, (void)y;
