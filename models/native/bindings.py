@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from models.grid import GridAxis, PixelGrid
 from models.sampler import LIIFSampler
@@ -28,8 +29,8 @@ class _Layer(ctypes.Structure):
 
 class _Mlp(ctypes.Structure):
     _fields_ = (
-        *(("layers", _INT), ("term_count", _INT)),
-        *(("layer", ctypes.POINTER(_Layer)), ("terms", _POINTER), ("rows", _POINTER)),
+        *(("layers", _INT), ("layer", ctypes.POINTER(_Layer))),
+        *(("terms", _POINTER), ("rows", _POINTER)),
     )
 
 
@@ -112,18 +113,18 @@ class NativeMLP:
         """What position adds to the first layer.
 
         Returns:
-            at an integer scale (D, scale * scale), by phase, and None; else the columns' part
-            (D, W) and the rows' (H, D), which holds the constant.
+            at an integer scale (scale * scale, D), by phase, and None; else the columns' part
+            (W, D) and the rows' (H, D), which holds the constant.
         """
         rel_y, rel_x, cell_y, cell_x = self.geometry_4D
         constant_D = self.bias_D + cell_y * grid.rows.cell + cell_x * grid.cols.cell
         rows_HD = grid.rows.rel[:, None] * rel_y + constant_D
-        cols_DW = rel_x[:, None] * grid.cols.rel
+        cols_WD = grid.cols.rel[:, None] * rel_x
         scale = grid.integer_scale
         if scale is None:
-            return cols_DW.contiguous(), rows_HD.contiguous()
-        phases_DSS = rows_HD[:scale].t()[:, :, None] + cols_DW[:, None, :scale]
-        return phases_DSS.flatten(1).contiguous(), None
+            return cols_WD, rows_HD
+        phases_SSD = rows_HD[:scale, None] + cols_WD[None, :scale]
+        return phases_SSD.flatten(0, 1), None
 
 
 def _in_tiles(weight_OI: Tensor, tile: int) -> Tensor:
@@ -178,6 +179,7 @@ class Library:
             self._library = ctypes.CDLL(str(path))
             self.tile = int(self._library.pcsr_tile())
             self.group = int(self._library.pcsr_group())
+            self._lanes = int(self._library.pcsr_lanes())
             self._segment = int(self._library.pcsr_segment())
             self._work = self._library.pcsr_work
             self.rows_tile = int(self._library.pcsr_rows_tile())
@@ -230,7 +232,7 @@ class Library:
             keep.append(tensor)
             return tensor.data_ptr()
 
-        structures = (_Mlp * len(mlps))(*(_mlp(mlp, grid, address) for mlp in mlps))
+        structures = (_Mlp * len(mlps))(*(_mlp(mlp, grid, self._lanes, address) for mlp in mlps))
         job = _Job(
             h=h,
             w=w,
@@ -321,7 +323,15 @@ def _starts(nearest: Tensor, bounds: Tensor) -> Tensor:
     return torch.searchsorted(nearest, bounds, out_int32=True)
 
 
-def _mlp(mlp: NativeMLP, grid: PixelGrid, address: Callable[[Tensor | None], int | None]) -> _Mlp:
+def _mlp(
+    mlp: NativeMLP, grid: PixelGrid, lanes: int, address: Callable[[Tensor | None], int | None]
+) -> _Mlp:
+    def filled(table_PD: Tensor | None) -> int | None:
+        """With rows of full vectors."""
+        if table_PD is None:
+            return None
+        return address(F.pad(table_PD, (0, -table_PD.shape[1] % lanes)).contiguous())
+
     terms, rows = mlp.terms(grid)
     layers = (_Layer * len(mlp.layers))(
         *(
@@ -331,4 +341,4 @@ def _mlp(mlp: NativeMLP, grid: PixelGrid, address: Callable[[Tensor | None], int
             )
         )
     )
-    return _Mlp(len(mlp.layers), terms.shape[1], layers, address(terms), address(rows))
+    return _Mlp(len(mlp.layers), layers, filled(terms), filled(rows))
