@@ -56,9 +56,14 @@ class NativeEngine(FastEngine):
         self._library = library
         self._tolerance = native.TOLERANCE
         half = dtype == torch.bfloat16 and library.rows_has_half
+        # The lightest of several runs on all pixels of a row, which is not made for half precision.
         self._upsamplers = [
-            NativeMLP.pack(sampler, library.tile, half=half and _is_wide(sampler))
-            for sampler in model.upsamplers
+            NativeMLP.pack(
+                sampler,
+                library.tile,
+                half=half and _is_wide(sampler) and (index > 0 or len(model.upsamplers) == 1),
+            )
+            for index, sampler in enumerate(model.upsamplers)
         ]
         if any(mlp.half_layers for mlp in self._upsamplers):
             self._tolerance = native.HALF_TOLERANCE

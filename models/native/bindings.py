@@ -38,8 +38,8 @@ class _HalfMlp(ctypes.Structure):
 
 class _Mlp(ctypes.Structure):
     _fields_ = (
-        *(("layers", _INT), ("term_count", _INT)),
-        *(("layer", ctypes.POINTER(_Layer)), ("terms", _POINTER), ("rows", _POINTER)),
+        *(("layers", _INT), ("layer", ctypes.POINTER(_Layer))),
+        *(("terms", _POINTER), ("rows", _POINTER)),
         ("half", ctypes.POINTER(_HalfMlp)),
     )
 
@@ -137,18 +137,18 @@ class NativeMLP:
         """What position adds to the first layer.
 
         Returns:
-            at an integer scale (D, scale * scale), by phase, and None; else the columns' part
-            (D, W) and the rows' (H, D), which holds the constant.
+            at an integer scale (scale * scale, D), by phase, and None; else the columns' part
+            (W, D) and the rows' (H, D), which holds the constant.
         """
         rel_y, rel_x, cell_y, cell_x = self.geometry_4D
         constant_D = self.bias_D + cell_y * grid.rows.cell + cell_x * grid.cols.cell
         rows_HD = grid.rows.rel[:, None] * rel_y + constant_D
-        cols_DW = rel_x[:, None] * grid.cols.rel
+        cols_WD = grid.cols.rel[:, None] * rel_x
         scale = grid.integer_scale
         if scale is None:
-            return cols_DW.contiguous(), rows_HD.contiguous()
-        phases_DSS = rows_HD[:scale].t()[:, :, None] + cols_DW[:, None, :scale]
-        return phases_DSS.flatten(1).contiguous(), None
+            return cols_WD, rows_HD
+        phases_SSD = rows_HD[:scale, None] + cols_WD[None, :scale]
+        return phases_SSD.flatten(0, 1), None
 
 
 def _in_tiles(weight_OI: Tensor, tile: int) -> Tensor:
@@ -215,6 +215,7 @@ class Library:
             self._library = ctypes.CDLL(str(path))
             self.tile = int(self._library.pcsr_tile())
             self.group = int(self._library.pcsr_group())
+            self._lanes = int(self._library.pcsr_lanes())
             self._segment = int(self._library.pcsr_segment())
             self._work = self._library.pcsr_work
             self.rows_tile = int(self._library.pcsr_rows_tile())
@@ -269,7 +270,7 @@ class Library:
             keep.append(tensor)
             return tensor.data_ptr()
 
-        structures = (_Mlp * len(mlps))(*(_mlp(mlp, grid, address) for mlp in mlps))
+        structures = (_Mlp * len(mlps))(*(_mlp(mlp, grid, self._lanes, address) for mlp in mlps))
         job = _Job(
             h=h,
             w=w,
@@ -360,7 +361,15 @@ def _starts(nearest: Tensor, bounds: Tensor) -> Tensor:
     return torch.searchsorted(nearest, bounds, out_int32=True)
 
 
-def _mlp(mlp: NativeMLP, grid: PixelGrid, address: Callable[[Tensor | None], int | None]) -> _Mlp:
+def _mlp(
+    mlp: NativeMLP, grid: PixelGrid, lanes: int, address: Callable[[Tensor | None], int | None]
+) -> _Mlp:
+    def filled(table_PD: Tensor | None) -> int | None:
+        """With rows of full vectors."""
+        if table_PD is None:
+            return None
+        return address(F.pad(table_PD, (0, -table_PD.shape[1] % lanes)).contiguous())
+
     terms, rows = mlp.terms(grid)
     layers = (_Layer * len(mlp.layers))(
         *(
@@ -373,7 +382,7 @@ def _mlp(mlp: NativeMLP, grid: PixelGrid, address: Callable[[Tensor | None], int
     half = None
     if mlp.half_layers is not None:
         half = ctypes.pointer(_half_mlp(mlp, terms, rows, address))
-    return _Mlp(len(mlp.layers), terms.shape[1], layers, address(terms), address(rows), half)
+    return _Mlp(len(mlp.layers), layers, filled(terms), filled(rows), half)
 
 
 def _half_mlp(
@@ -393,4 +402,4 @@ def _half_mlp(
         )
     )
     filled_rows = None if rows is None else _filled(rows)
-    return _HalfMlp(len(layers), layers, address(_filled(terms.t())), address(filled_rows))
+    return _HalfMlp(len(layers), layers, address(_filled(terms)), address(filled_rows))

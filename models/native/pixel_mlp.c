@@ -24,10 +24,10 @@ typedef struct {
     const float *bias;   /* (outputs,) or null */
 } Layer;
 
-/* What position adds to the first layer is a column of `terms` (D, P), and where `rows` is not
- * null also a row of `rows` (H, D). */
+/* What position adds to the first layer is a row of `terms` (P, D), and where `rows` is not null
+ * also one of `rows` (H, D); D filled up to full vectors. */
 typedef struct {
-    int32_t layers, term_count;
+    int32_t layers;
     const Layer *layer;
     const float *terms, *rows;
     const HalfMlp *half; /* the same in half precision; null where it runs in float32 */
@@ -61,6 +61,7 @@ typedef struct {
 typedef struct {
     float *feat;  /* (C, STRIDE) */
     float *first; /* (D, STRIDE) */
+    float *of_lr; /* the same as (SEGMENT, D), D filled up to full vectors */
     float *x, *y; /* (widest, GROUP) */
     Pixel *pixels;
     HalfScratch half;
@@ -69,6 +70,7 @@ typedef struct {
 } Scratch;
 
 int32_t pcsr_tile(void) { return TILE; }
+int32_t pcsr_lanes(void) { return LANES; }
 int32_t pcsr_group(void) { return GROUP; }
 int32_t pcsr_segment(void) { return SEGMENT; }
 
@@ -117,6 +119,9 @@ static const float *finish(const Mlp *mlp, Scratch *s) {
     return x;
 }
 
+/* Up to full vectors. */
+static inline int32_t full(int32_t width) { return (width + LANES - 1) / LANES * LANES; }
+
 static int32_t outputs_of(const Mlp *mlp) { return mlp->layer[mlp->layers - 1].outputs; }
 
 static void count_macs(const Mlp *mlp, int32_t first, int64_t pixels, Scratch *s) {
@@ -139,9 +144,27 @@ static void store(const Job *job, const float *y, int32_t outputs, const Pixel *
     }
 }
 
+/* The first layer's outputs on LANES output pixels, LANES of its width. Whole vectors are read and
+ * then turned: to gather what lies apart takes four times as long. */
+ALWAYS_INLINE void first_activations(
+    const float *of_lr, const float *terms, const float *of_row, int32_t width,
+    const int32_t *source, const int32_t *term, int with_relu, float *x) {
+    const vec constant = of_row ? *(const unaligned_vec *)of_row : (vec){0};
+    vec v[LANES];
+#pragma GCC unroll 16
+    for (int32_t i = 0; i < LANES; i++) {
+        const vec of_term = *(const unaligned_vec *)(terms + (int64_t)term[i] * width);
+        v[i] = *(const vec *)(of_lr + source[i] * width) + (of_term + constant);
+        if (with_relu) v[i] = relu(v[i]);
+    }
+    transpose(v);
+#pragma GCC unroll 16
+    for (int32_t i = 0; i < LANES; i++) *(vec *)(x + i * GROUP) = v[i];
+}
+
 /* Any pixels of a segment, in groups. */
 static void scattered(const Job *job, const Mlp *mlp, int32_t row, int32_t count, Scratch *s) {
-    const int32_t width = mlp->layer[0].outputs, terms = mlp->term_count;
+    const int32_t width = full(mlp->layer[0].outputs);
     const int32_t outputs = outputs_of(mlp);
     const float *of_row = mlp->rows ? mlp->rows + (int64_t)row * width : NULL;
     count_macs(mlp, 1, count, s);
@@ -154,16 +177,11 @@ static void scattered(const Job *job, const Mlp *mlp, int32_t row, int32_t count
             source[i] = pixel->source;
             term[i] = pixel->term;
         }
-        for (int32_t d = 0; d < width; d++) {
-            const float *of_lr = s->first + d * STRIDE, *of_term = mlp->terms + (int64_t)d * terms;
-            const float constant = of_row ? of_row[d] : 0.0f;
-            float *x = s->x + d * GROUP;
-            for (int32_t i = 0; i < GROUP; i++)
-                x[i] = of_lr[source[i]] + (of_term[term[i]] + constant);
-            if (mlp->layers > 1)
-                for (int32_t n = 0; n < VECTORS; n++)
-                    *(vec *)(x + n * LANES) = relu(*(vec *)(x + n * LANES));
-        }
+        for (int32_t i = 0; i < GROUP; i += LANES)
+            for (int32_t d = 0; d < width; d += LANES)
+                first_activations(s->of_lr + d, mlp->terms + d, of_row ? of_row + d : NULL, width,
+                                  source + i, term + i, mlp->layers > 1,
+                                  s->x + d * GROUP + i);
         store(job, finish(mlp, s), outputs, pixels, used);
     }
 }
@@ -179,7 +197,7 @@ static void phases(const Job *job, const Mlp *mlp, int32_t r, int32_t q0, int32_
         const int32_t row = r * scale + phase / scale, column = phase % scale;
         for (int32_t q = 0; q < count; q += GROUP) {
             for (int32_t d = 0; d < width; d++) {
-                const float term = mlp->terms[(int64_t)d * scale * scale + phase];
+                const float term = mlp->terms[(int64_t)phase * full(width) + d];
                 const vec *from = (const vec *)(s->first + d * STRIDE + q);
                 vec *x = (vec *)(s->x + d * GROUP);
                 for (int32_t n = 0; n < VECTORS; n++)
@@ -220,6 +238,17 @@ static void gather(const Job *job, int32_t r, int32_t q0, int32_t count, float *
     const int32_t full = (count + GROUP - 1) / GROUP * GROUP;
     for (int32_t c = 0; c < channels; c++)
         for (int32_t q = count; q < full; q++) to[c * STRIDE + q] = 0.0f;
+}
+
+/* Pixels by channels from (width, STRIDE). */
+static void turn(const float *first, int32_t width, int32_t count, float *to) {
+    for (int32_t q = 0; q < count; q += LANES)
+        for (int32_t d = 0; d < width; d += LANES) {
+            vec v[LANES];
+            for (int32_t i = 0; i < LANES; i++) v[i] = *(const vec *)(first + (d + i) * STRIDE + q);
+            transpose(v);
+            for (int32_t i = 0; i < LANES; i++) *(vec *)(to + (q + i) * full(width) + d) = v[i];
+        }
 }
 
 /* The pixels of class `wanted` (any where negative) in one output row of a segment. */
@@ -290,6 +319,7 @@ static void run_segment(const Job *job, int32_t r, int32_t segment, int32_t j, S
         phases(job, mlp, r, q0, count, s);
         return;
     }
+    if (!mlp->half) turn(s->first, mlp->layer[0].outputs, count, s->of_lr);
     const int wanted = job->classes ? j : -1;
     int32_t listed = 0;
     for (int32_t row = first; row < last; row++) {
@@ -351,12 +381,13 @@ void pcsr_work(void *argument) {
     Job *job = argument;
     const int32_t segments = (job->w + SEGMENT - 1) / SEGMENT;
     const int64_t tasks = (int64_t)job->h * segments;
-    const size_t width = widest(job), scale = job->scale;
+    const size_t width = full(widest(job)), scale = job->scale;
     const size_t columns = job->w < SEGMENT ? job->w : SEGMENT;
     const size_t most = scale ? columns * scale * scale : (size_t)job->W;
     Scratch s = {
         .feat = allocate(sizeof(float) * job->channels * STRIDE),
         .first = allocate(sizeof(float) * width * STRIDE),
+        .of_lr = allocate(sizeof(float) * width * SEGMENT),
         .x = allocate(sizeof(float) * width * GROUP),
         .y = allocate(sizeof(float) * width * GROUP),
         .pixels = allocate(sizeof(Pixel) * most),
@@ -365,10 +396,12 @@ void pcsr_work(void *argument) {
     const size_t wide = job->classes ? (size_t)outputs_of(&job->mlp[0]) * job->W : 0;
     s.rows.wide[0] = allocate(sizeof(float) * 2 * wide);
     s.rows.wide[1] = s.rows.wide[0] + wide;
-    if (s.feat && s.first && s.x && s.y && s.pixels && s.rows.wide[0] &&
+    if (s.feat && s.first && s.of_lr && s.x && s.y && s.pixels && s.rows.wide[0] &&
         allocate_half(job, &s.half)) {
         HalfState state;
         if (s.half.x) begin_half(&state);
+        /* What fills vectors up is computed with, though no result is used. */
+        memset(s.first, 0, sizeof(float) * width * STRIDE);
         for (;;) {
             const int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
             if (task >= tasks) break;
@@ -386,6 +419,7 @@ void pcsr_work(void *argument) {
     free(s.half.out);
     free(s.feat);
     free(s.first);
+    free(s.of_lr);
     free(s.x);
     free(s.y);
     free(s.pixels);

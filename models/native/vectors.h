@@ -31,6 +31,41 @@ static inline vec relu(vec v) {
     return (vec)((ivec)v & ~(ivec)(v < (vec){0}));
 }
 
+/* The elements of two vectors by turns: of their first halves, and of their second ones. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+#if defined(__AVX512F__)
+#define ZIP_FIRST(a, b) \
+    SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_SECOND(a, b) \
+    SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif defined(__AVX__)
+#define ZIP_FIRST(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_SECOND(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define ZIP_FIRST(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define ZIP_SECOND(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#endif
+
+/* LANES vectors to those of their first elements, second elements, ...: each round moves a bit of
+ * an element's place from the vector's number to the lane. */
+ALWAYS_INLINE void transpose(vec v[LANES]) {
+    vec zipped[LANES];
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            zipped[2 * i] = ZIP_FIRST(v[i], v[i + LANES / 2]);
+            zipped[2 * i + 1] = ZIP_SECOND(v[i], v[i + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) v[i] = zipped[i];
+    }
+}
+
 static inline int32_t tiles(int32_t outputs) { return (outputs + TILE - 1) / TILE; }
 
 static inline void *allocate(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
