@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from models.grid import PixelGrid
+from models.pcsr import PCSR
 from models.sampler import LIIFSampler
 
 SCALE = 4
@@ -102,6 +103,8 @@ def _resized(image: Tensor, dim: int) -> Tensor:
 def use_reference(model: nn.Module) -> nn.Module:
     """Let every upsampler and classifier of `model` work pixel by pixel. Returns `model`."""
     for module in model.modules():
+        if isinstance(module, PCSR):
+            module.uses_kernels = False
         if isinstance(module, LIIFSampler):
             module.dense = functools.partial(_pixel_by_pixel, module)  # type: ignore[method-assign]
     return model

@@ -194,12 +194,15 @@ def _route_globally(
         part, rows = grid.part(first, first + feat.shape[2])
         first += feat.shape[2]
         margins, classifier_flops = engine.classify(feat, part)
+        flops += classifier_flops
         if whole is None:
-            whole = margins.new_empty(*margins.shape[:2], *grid.out_size)
             if feat[0, :, 0].nbytes * lr.shape[2] <= KEPT_FEATURES_BYTES:
                 kept = _KeptFeatures(feat, lr.shape[2])
+            if first == lr.shape[2]:
+                whole = margins
+                break
+            whole = margins.new_empty(*margins.shape[:2], *grid.out_size)
         whole[:, :, rows] = margins
-        flops += classifier_flops
         if kept is not None:
             kept.add(feat)
     assert whole is not None
@@ -211,12 +214,15 @@ class _KeptFeatures:
     """An image's features in one block of memory: many small ones would leave holes between them.
 
     Args:
-        like: the first run of rows (1, C, r, w).
+        like: the first run of rows (1, C, r, w), which is kept where it is the whole image.
         height: of the LR image.
     """
 
     def __init__(self, like: Tensor, height: int) -> None:
-        _, channels, _, width = like.shape
+        _, channels, rows, width = like.shape
+        self._whole = like if rows == height else None
+        if self._whole is not None:
+            return
         # In the order of memory that they come in.
         self._by_channel = like.stride(3) == 1
         shape = (channels, width) if self._by_channel else (width, channels)
@@ -231,6 +237,9 @@ class _KeptFeatures:
 
     def runs(self) -> Iterator[Tensor]:
         """The runs as they came."""
+        if self._whole is not None:
+            yield self._whole
+            return
         for start, end in pairwise(self._ends):
             yield self._view(start, end)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork
 from models.grid import PixelGrid
+from models.native.frozen import features_and_residual
 from models.normalise import DataNorm
 from models.registry import MODELS
 from models.sampler import LIIFSampler
@@ -31,7 +32,12 @@ class PCSR(nn.Module):
             `light_sampler`; more are `light_sampler`, `light_sampler_1`, ...
         classifier: one logit per upsampler and pixel; None where there is one upsampler (phase 0).
         data_norm: ``{mean, std}``; default the backbone's.
+
+    Attributes:
+        uses_kernels: what is frozen runs by compiled kernels where there are any (`models.native`).
     """
+
+    uses_kernels = True
 
     def __init__(
         self,
@@ -112,9 +118,16 @@ class PCSR(nn.Module):
         if self.classifier is None:
             raise UserError("PCSR: a phase 0 model has no classifier")
         *lights, heavy = self.upsamplers
-        with torch.set_grad_enabled(torch.is_grad_enabled() and len(self._frozen) == 0):
-            feat = self.encode(lr)
-            heavy_residual = heavy.dense(feat, grid)
+        frozen = None
+        if self._frozen and self.uses_kernels:
+            x = self.norm.normalise(lr)
+            frozen = features_and_residual(self.encoder, heavy, x, grid)
+        if frozen is not None:
+            feat, heavy_residual = frozen
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+                feat = self.encode(lr)
+                heavy_residual = heavy.dense(feat, grid)
         logits_BMHW = self.classifier.dense(feat, grid).float()
         return [*(light.dense(feat, grid) for light in lights), heavy_residual], logits_BMHW
 
