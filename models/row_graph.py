@@ -3,13 +3,14 @@
 Axes: B batch, C channels, h w LR.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,27 @@ class RowGraph:
 
 
 def sequential_graph(layers: Sequence[nn.Module]) -> RowGraph:
-    """Of a plain sequence of convolutions and PReLUs, nested or not.
+    """Of a plain sequence of convolutions and activations, nested or not.
 
     Raises:
-        TypeError: there is another layer.
+        TypeError: there is a layer that is neither a convolution nor one of ReLU's kind.
     """
     flat = [m for m in nn.Sequential(*layers).modules() if not isinstance(m, nn.Sequential)]
     graph, last = RowGraph(), RowGraph.IMAGE
-    for layer, after in itertools.zip_longest(flat, flat[1:]):
+    for before, layer, after in zip([None, *flat], flat, [*flat[1:], None], strict=False):
         if isinstance(layer, nn.Conv2d):
-            slope = after.weight.detach() if isinstance(after, nn.PReLU) else 1.0
-            last = graph.conv([last], layer, slope=slope)
-        elif not isinstance(layer, nn.PReLU):
-            raise TypeError(f"neither a convolution nor a PReLU: {layer}")
+            last = graph.conv([last], layer, slope=_slope(after))
+        elif not (isinstance(before, nn.Conv2d) and isinstance(layer, _ACTIVATIONS)):
+            raise TypeError(
+                f"a graph is of convolutions, each with one activation or none: {layer}"
+            )
     return graph
+
+
+def _slope(layer: nn.Module | None) -> Tensor | float:
+    """Factor of what is below zero; 1 where it is no activation."""
+    if isinstance(layer, nn.PReLU):
+        return layer.weight.detach()
+    if isinstance(layer, nn.LeakyReLU):
+        return layer.negative_slope
+    return 0.0 if isinstance(layer, nn.ReLU) else 1.0

@@ -14,7 +14,7 @@ from models.backbones.srresnet import SRResNet
 from models.native.half_plan import half_plan
 from models.native.rows import NativeRows
 from models.optimized import OptimizedOriginal
-from models.row_graph import RowGraph
+from models.row_graph import RowGraph, sequential_graph
 from tests.test_native import has_compiler, loaded
 
 pytestmark = has_compiler
@@ -62,6 +62,18 @@ NETWORKS = [
     FSRCNN(no_upsampling=True),
     SRResNet(nf=8, nb=2, no_upsampling=True),
 ]
+
+
+def test_graph_of_a_plain_sequence() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(5, 6, 1), nn.PReLU(6, init=0.2), nn.Conv2d(6, 4, 3, padding=1))
+    layers = [nn.Conv2d(3, 5, 3, padding=1), nn.LeakyReLU(0.1), inner, nn.ReLU()]
+    x = torch.rand(2, 3, 6, 5)
+    expected = nn.Sequential(*layers)(x)
+    torch.testing.assert_close(sequential_graph(layers)(x), expected, rtol=0, atol=1e-6)
+    for others in ([nn.ReLU()], [*layers, nn.ReLU()], [layers[0], nn.BatchNorm2d(5)]):
+        with pytest.raises(TypeError, match="each with one activation or none"):
+            sequential_graph(others)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
