@@ -88,7 +88,8 @@ class KRouting:
         for j, margin in enumerate(margins_BKHW.unbind(1), start=1):
             score = margin.float() - k * (log_costs_M[j] - log_costs_M[0])
             better = score > best
-            classes.masked_fill_(better, j)
+            # As bytes: to fill where a mask holds takes five times as long.
+            torch.maximum(classes, better.view(torch.uint8) * j, out=classes)
             if j + 1 < len(log_costs_M):
                 best = torch.where(better, score, best)
         return classes
