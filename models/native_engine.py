@@ -17,7 +17,8 @@ from models.cost import UpsamplingCost
 from models.fast import HALF_MIN_WIDTH, FastEngine
 from models.grid import PixelGrid
 from models.inference import Upsampled
-from models.native.bindings import Library, NativeMLP, Skip
+from models.native.bindings import Library, Skip
+from models.native.mlp import NativeMLP
 from models.pcsr import PCSR
 from models.routing import relative_to_lightest
 from models.sampler import LIIFSampler

@@ -17,7 +17,8 @@ from models.cost import count_rows
 from models.fast import FastEngine
 from models.inference import super_resolve
 from models.native import compiler, library
-from models.native.bindings import Library, NativeMLP, Skip
+from models.native.bindings import Library, Skip
+from models.native.mlp import NativeMLP
 from models.native_engine import NativeEngine
 from models.reference import ReferenceEngine
 from models.routing import FixedRouting, KRouting

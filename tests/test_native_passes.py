@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from models import native, refinement
+from models import native, refinement, routing
 from models.native import library, passes
 from models.refinement import RefineRows, refine
 from models.routing import AdaptiveRouting, HeavyScores
@@ -186,3 +186,10 @@ def test_number_of_threads_changes_no_classes(threads: None) -> None:
 def test_other_scores_than_the_histogram_reads_are_refused(scores: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="scores"):
         passes.histogram(loaded(), [scores], 4)
+
+
+def test_scores_that_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    margins = torch.randn(1, 1, 30, 40)
+    expected = AdaptiveRouting().classes(margins, (0.0, 0.7))
+    monkeypatch.setattr(routing, "KEPT_SCORES", 0)
+    assert torch.equal(AdaptiveRouting().classes(margins, (0.0, 0.7)), expected)

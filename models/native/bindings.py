@@ -1,6 +1,6 @@
-"""The compiled kernels as Python sees them: structures, weights in the order they are read, calls.
+"""The compiled kernels as Python sees them: structures and calls.
 
-Axes: C channels, D width of the first layer, O outputs, h w LR, H W output, P terms.
+Axes: C channels, O outputs, h w LR, H W output.
 """
 
 import ctypes
@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models.grid import GridAxis, PixelGrid
-from models.sampler import LIIFSampler
+from models.native.mlp import PAIR, NativeMLP
 from utils.errors import UserError
 
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-# Outputs of a pair of matrix tiles, and inputs of a tile.
-_PAIR = 32
 _PASSES = ("refine", "histogram")
 
 
@@ -47,6 +45,14 @@ class _Mlp(ctypes.Structure):
 class _Sides(ctypes.Structure):
     _fields_ = (("lower", _POINTER), ("upper", _POINTER), ("weight", _POINTER))
 
+    @classmethod
+    def of(cls, axis: GridAxis) -> "_Sides":
+        """Of an axis, whose tables it keeps."""
+        lower, upper = (side.numpy().astype(np.int32) for side in (axis.lower, axis.upper))
+        sides = cls(lower.ctypes.data, upper.ctypes.data, axis.weight.data_ptr())
+        sides.kept = lower, upper, axis.weight
+        return sides
+
 
 class _Bilinear(ctypes.Structure):
     _fields_ = (
@@ -66,110 +72,6 @@ class _Job(ctypes.Structure):
         ("enlarged", _Bilinear),
         *(("next", _LONG), ("macs", _LONG)),
     )
-
-
-@dataclass(frozen=True)
-class NativeMLP:
-    """A sampler's weights in the order that the kernels read them, float32.
-
-    ``W1 [f; rel; cell] + b1 = Wf f + wy rel_y + wx rel_x + (Wc cell + b1)``; see `models.sampler`.
-
-    Attributes:
-        layers: (weights in tiles, bias) of each layer; the first is Wf and has no bias.
-        widths: of the features, of each hidden layer, and O.
-        geometry_4D: the columns of W1 for rel_y, rel_x, cell_y, cell_x.
-        bias_D: b1.
-        half_layers: (weights in pairs of matrix tiles, bfloat16, and bias, filled up) of each
-            layer; None where it runs in float32.
-    """
-
-    layers: list[tuple[Tensor, Tensor | None]]
-    widths: list[int]
-    geometry_4D: Tensor
-    bias_D: Tensor
-    half_layers: list[tuple[Tensor, Tensor]] | None = None
-
-    @classmethod
-    def pack(
-        cls, sampler: LIIFSampler, tile: int, *, margins: bool = False, half: bool = False
-    ) -> "NativeMLP":
-        """Pack a sampler's weights.
-
-        Args:
-            tile: the most outputs that are computed at once.
-            margins: give each output relative to the first one, which is left out.
-            half: to run in bfloat16, see `mlp_amx.h`; for MLPs of two layers or more and at most
-                32 outputs.
-        """
-        pairs = [(layer.weight.detach(), layer.bias.detach()) for layer in sampler.imnet.linears]
-        if margins:
-            weight, bias = pairs[-1]
-            pairs[-1] = weight[1:] - weight[:1], bias[1:] - bias[:1]
-        (first, first_bias), *rest = [(w.float(), b.float()) for w, b in pairs]
-        channels = sampler.in_dim
-        layers: list[tuple[Tensor, Tensor | None]] = [(_in_tiles(first[:, :channels], tile), None)]
-        layers += [(_in_tiles(weight, tile), bias.clone()) for weight, bias in rest]
-        widths = [channels, len(first), *(len(weight) for weight, _ in rest)]
-        geometry_4D = first[:, channels:].t().clone()
-        half_layers = None
-        if half and len(rest) > 0 and widths[-1] <= _PAIR:
-            no_bias = torch.zeros(len(first))
-            half_layers = [
-                (_in_pairs(weight), _filled(bias))
-                for weight, bias in [(first[:, :channels], no_bias), *rest]
-            ]
-        return cls(layers, widths, geometry_4D, first_bias.clone(), half_layers)
-
-    @property
-    def out_dim(self) -> int:
-        """O, the number of outputs."""
-        return self.widths[-1]
-
-    def flops(self, lr_pixels: int, pixels: int) -> int:
-        """Executed FLOPs: the first layer on LR pixels, the others on output pixels.
-
-        Without those of lanes that fill a vector up: at most 31 pixels in a segment's last group.
-        """
-        first, *rest = (a * b for a, b in itertools.pairwise(self.widths))
-        return 2 * (lr_pixels * first + pixels * sum(rest))
-
-    def terms(self, grid: PixelGrid) -> tuple[Tensor, Tensor | None]:
-        """What position adds to the first layer.
-
-        Returns:
-            at an integer scale (scale * scale, D), by phase, and None; else the columns' part
-            (W, D) and the rows' (H, D), which holds the constant.
-        """
-        rel_y, rel_x, cell_y, cell_x = self.geometry_4D
-        constant_D = self.bias_D + cell_y * grid.rows.cell + cell_x * grid.cols.cell
-        rows_HD = grid.rows.rel[:, None] * rel_y + constant_D
-        cols_WD = grid.cols.rel[:, None] * rel_x
-        scale = grid.integer_scale
-        if scale is None:
-            return cols_WD, rows_HD
-        phases_SSD = rows_HD[:scale, None] + cols_WD[None, :scale]
-        return phases_SSD.flatten(0, 1), None
-
-
-def _in_tiles(weight_OI: Tensor, tile: int) -> Tensor:
-    """Rows in groups of about equal size, at most `tile`; of each group (inputs, rows)."""
-    outputs = len(weight_OI)
-    count = -(-outputs // tile)
-    ends = [t * outputs // count for t in range(count + 1)]
-    groups = [weight_OI[a:b].t().flatten() for a, b in itertools.pairwise(ends)]
-    return torch.cat(groups)
-
-
-def _filled(values: Tensor) -> Tensor:
-    """The last axis with zeros up to a pair of matrix tiles."""
-    return F.pad(values, (0, -values.shape[-1] % _PAIR)).contiguous()
-
-
-def _in_pairs(weight_OI: Tensor) -> Tensor:
-    """bfloat16, by pair of output tiles, 32 inputs, tile; of each (inputs / 2, outputs, 2)."""
-    full_OI = _filled(_filled(weight_OI).t()).t()
-    pairs = full_OI.reshape(-1, 2, _PAIR // 2, full_OI.shape[1] // _PAIR, _PAIR // 2, 2)
-    return pairs.permute(0, 3, 1, 4, 2, 5).flatten().bfloat16()
 
 
 @dataclass(frozen=True)
@@ -230,6 +132,7 @@ class Library:
         for work in (self._work, self._rows_work, *self._passes.values()):
             work.argtypes = (_POINTER,)
             work.restype = None
+        self._columns: _Columns | None = None
         # The threads that torch uses, too: others would have to share the cores with these, which
         # go on waiting for work for a while.
         self._parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
@@ -262,15 +165,14 @@ class Library:
         check_tensor("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
         if skip is not None:
             skip.check((batch, outputs), grid)
-        keep: list[Tensor] = []
-
-        def address(tensor: Tensor | None) -> int | None:
-            if tensor is None:
-                return None
-            keep.append(tensor)
-            return tensor.data_ptr()
-
-        structures = (_Mlp * len(mlps))(*(_mlp(mlp, grid, self._lanes, address) for mlp in mlps))
+        columns = self._columns
+        if columns is None or columns.axis is not grid.cols:
+            self._columns = columns = _Columns(grid.cols, self._segment)
+        tables = [mlp.tables(grid, PAIR if mlp.half_layers else self._lanes) for mlp in mlps]
+        structures = (_Mlp * len(mlps))(
+            *(_mlp(mlp, *of_mlp) for mlp, of_mlp in zip(mlps, tables, strict=True))
+        )
+        first_out = np.searchsorted(grid.rows.nearest.numpy(), np.arange(h + 1)).astype(np.int32)
         job = _Job(
             h=h,
             w=w,
@@ -281,26 +183,24 @@ class Library:
             row_stride=feat_BChw.stride(2),
             pixel_stride=feat_BChw.stride(3),
             channel_stride=feat_BChw.stride(1),
-            first_out=address(_starts(grid.rows.nearest, torch.arange(h + 1))),
-            nearest=address(grid.cols.nearest.int()),
-            first_col=address(
-                _starts(grid.cols.nearest, torch.arange(0, w + self._segment, self._segment))
-            ),
+            first_out=first_out.ctypes.data,
+            nearest=columns.nearest.ctypes.data,
+            first_col=columns.first.ctypes.data,
             mlps=len(mlps),
             mlp=structures,
         )
         if skip is not None:
-            job.gain = address(skip.gain_O)
+            rows = _Sides.of(grid.rows)
+            job.gain = skip.gain_O.data_ptr()
             job.enlarged.row_stride = skip.lr_BOhw.stride(2)
             job.enlarged.channel_stride = skip.lr_BOhw.stride(1)
-            job.enlarged.rows = _sides(grid.rows, address)
-            job.enlarged.cols = _sides(grid.cols, address)
+            job.enlarged.rows, job.enlarged.cols = rows, columns.sides
         tasks = h * -(-w // self._segment)
         for image in range(batch):
-            job.feat, job.out = feat_BChw[image].data_ptr(), out_BOHW[image].data_ptr()
+            job.feat, job.out = _address(feat_BChw, image), _address(out_BOHW, image)
             if skip is not None:
-                job.classes = skip.classes_BHW[image].data_ptr()
-                job.enlarged.lr = skip.lr_BOhw[image].data_ptr()
+                job.classes = _address(skip.classes_BHW, image)
+                job.enlarged.lr = _address(skip.lr_BOhw, image)
             job.next = 0
             self._run(self._work, job, min(torch.get_num_threads(), tasks))
             if job.next < tasks:
@@ -352,28 +252,26 @@ def check_tensor(
         raise ValueError(f"CPU kernels: {name} is {found}, not {order} {(dtype, shape, 'cpu')}")
 
 
-def _sides(axis: GridAxis, address: Callable[[Tensor | None], int | None]) -> _Sides:
-    return _Sides(address(axis.lower.int()), address(axis.upper.int()), address(axis.weight))
+def _address(tensor: Tensor, image: int) -> int:
+    return tensor.data_ptr() + image * tensor.stride(0) * tensor.element_size()
 
 
-def _starts(nearest: Tensor, bounds: Tensor) -> Tensor:
-    """(len(bounds),) int32: the first output pixel whose nearest LR pixel is at least a bound."""
-    return torch.searchsorted(nearest, bounds, out_int32=True)
+class _Columns:
+    """The tables of an axis of columns, which all runs of an image's rows share."""
+
+    def __init__(self, axis: GridAxis, segment: int) -> None:
+        self.axis = axis
+        nearest = axis.nearest.numpy()
+        bounds = np.arange(0, axis.lr_len + segment, segment)
+        self.nearest = nearest.astype(np.int32)
+        self.first = np.searchsorted(nearest, bounds).astype(np.int32)
+        self.sides = _Sides.of(axis)
 
 
-def _mlp(
-    mlp: NativeMLP, grid: PixelGrid, lanes: int, address: Callable[[Tensor | None], int | None]
-) -> _Mlp:
-    def filled(table_PD: Tensor | None) -> int | None:
-        """With rows of full vectors."""
-        if table_PD is None:
-            return None
-        return address(F.pad(table_PD, (0, -table_PD.shape[1] % lanes)).contiguous())
-
-    terms, rows = mlp.terms(grid)
+def _mlp(mlp: NativeMLP, terms: Tensor, rows: Tensor | None) -> _Mlp:
     layers = (_Layer * len(mlp.layers))(
         *(
-            _Layer(inputs, outputs, address(weight), address(bias))
+            _Layer(inputs, outputs, weight.data_ptr(), None if bias is None else bias.data_ptr())
             for (weight, bias), (inputs, outputs) in zip(
                 mlp.layers, itertools.pairwise(mlp.widths), strict=True
             )
@@ -381,25 +279,23 @@ def _mlp(
     )
     half = None
     if mlp.half_layers is not None:
-        half = ctypes.pointer(_half_mlp(mlp, terms, rows, address))
-    return _Mlp(len(mlp.layers), layers, filled(terms), filled(rows), half)
+        half = ctypes.pointer(_half_mlp(mlp, terms, rows))
+    return _Mlp(len(layers), layers, terms.data_ptr(), _optional(rows), half)
 
 
-def _half_mlp(
-    mlp: NativeMLP,
-    terms: Tensor,
-    rows: Tensor | None,
-    address: Callable[[Tensor | None], int | None],
-) -> _HalfMlp:
+def _half_mlp(mlp: NativeMLP, terms: Tensor, rows: Tensor | None) -> _HalfMlp:
     assert mlp.half_layers is not None
-    widths = [width + -width % _PAIR for width in mlp.widths]
+    widths = [width + -width % PAIR for width in mlp.widths]
     layers = (_Layer * len(mlp.half_layers))(
         *(
-            _Layer(inputs, outputs, address(weight), address(bias))
+            _Layer(inputs, outputs, weight.data_ptr(), bias.data_ptr())
             for (weight, bias), (inputs, outputs) in zip(
                 mlp.half_layers, itertools.pairwise(widths), strict=True
             )
         )
     )
-    filled_rows = None if rows is None else _filled(rows)
-    return _HalfMlp(len(layers), layers, address(_filled(terms)), address(filled_rows))
+    return _HalfMlp(len(layers), layers, terms.data_ptr(), _optional(rows))
+
+
+def _optional(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models import native
 from models.backbones.base import SRNetwork
 from models.grid import PixelGrid
-from models.native.bindings import NativeMLP
+from models.native.mlp import NativeMLP
 from models.sampler import LIIFSampler
 from models.streams import Encoder
 

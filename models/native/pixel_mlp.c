@@ -11,18 +11,13 @@
  */
 
 #include "bilinear.h"
+#include "layers.h"
 #include "mlp_amx.h"
 #include "vectors.h"
 
 /* LR pixels of a row at once, a multiple of GROUP; and what their arrays are wide: columns of a
  * width that is a power of two would share a few sets of the cache. */
 enum { SEGMENT = 256, STRIDE = SEGMENT + GROUP };
-
-typedef struct {
-    int32_t inputs, outputs;
-    const float *weight; /* tiles of `tiles(outputs)`; of each, inputs by its outputs */
-    const float *bias;   /* (outputs,) or null */
-} Layer;
 
 /* What position adds to the first layer is a row of `terms` (P, D), and where `rows` is not null
  * also one of `rows` (H, D); D filled up to full vectors. */
@@ -63,6 +58,7 @@ typedef struct {
     float *first; /* (D, STRIDE) */
     float *of_lr; /* the same as (SEGMENT, D), D filled up to full vectors */
     float *x, *y; /* (widest, GROUP) */
+    float *columns; /* (O + 1, scale, GROUP) */
     Pixel *pixels;
     HalfScratch half;
     WideRows rows; /* (O, W) each */
@@ -73,39 +69,6 @@ int32_t pcsr_tile(void) { return TILE; }
 int32_t pcsr_lanes(void) { return LANES; }
 int32_t pcsr_group(void) { return GROUP; }
 int32_t pcsr_segment(void) { return SEGMENT; }
-
-ALWAYS_INLINE void tile(
-    const int count, const float *weight, const float *bias, int32_t inputs, const float *x,
-    int32_t x_stride, float *y, int32_t y_stride, int with_relu) {
-    vec sum[TILE][VECTORS];
-    for (int o = 0; o < count; o++)
-        for (int n = 0; n < VECTORS; n++) sum[o][n] = (vec){0} + (bias ? bias[o] : 0.0f);
-    for (int32_t c = 0; c < inputs; c++, x += x_stride, weight += count) {
-        vec in[VECTORS];
-        for (int n = 0; n < VECTORS; n++) in[n] = *(const vec *)(x + n * LANES);
-        for (int o = 0; o < count; o++)
-            for (int n = 0; n < VECTORS; n++) sum[o][n] += weight[o] * in[n];
-    }
-    for (int o = 0; o < count; o++)
-        for (int n = 0; n < VECTORS; n++)
-            *(vec *)(y + o * y_stride + n * LANES) = with_relu ? relu(sum[o][n]) : sum[o][n];
-}
-
-/* A layer on GROUP pixels: (inputs, GROUP) to (outputs, GROUP), at the given strides. */
-static void apply(const Layer *layer, const float *x, int32_t x_stride, float *y,
-                  int32_t y_stride, int with_relu) {
-    const int32_t outputs = layer->outputs, count = tiles(outputs), inputs = layer->inputs;
-    const float *weight = layer->weight;
-    for (int32_t t = 0; t < count; t++) {
-        const int32_t first = t * outputs / count, size = (t + 1) * outputs / count - first;
-        const float *bias = layer->bias ? layer->bias + first : NULL;
-        float *to = y + (int64_t)first * y_stride;
-#define RUN(N) tile(N, weight, bias, inputs, x, x_stride, to, y_stride, with_relu)
-        switch (size) { CASES(RUN) }
-#undef RUN
-        weight += (int64_t)size * inputs;
-    }
-}
 
 /* The layers behind the first on a group; returns where their outputs (O, GROUP) are. */
 static const float *finish(const Mlp *mlp, Scratch *s) {
@@ -157,7 +120,7 @@ ALWAYS_INLINE void first_activations(
         v[i] = *(const vec *)(of_lr + source[i] * width) + (of_term + constant);
         if (with_relu) v[i] = relu(v[i]);
     }
-    transpose(v);
+    zip(v, LANES);
 #pragma GCC unroll 16
     for (int32_t i = 0; i < LANES; i++) *(vec *)(x + i * GROUP) = v[i];
 }
@@ -186,40 +149,67 @@ static void scattered(const Job *job, const Mlp *mlp, int32_t row, int32_t count
     }
 }
 
+/* Output columns (GROUP * scale) from those of each phase (scale, GROUP). */
+ALWAYS_INLINE void weave(const int32_t scale, const float *from, float *restrict to) {
+    if (scale == 2 || scale == 4) {
+        for (int32_t n = 0; n < VECTORS; n++, from += LANES, to += LANES * scale) {
+            vec v[4];
+            for (int32_t i = 0; i < scale; i++) v[i] = *(const vec *)(from + i * GROUP);
+            zip(v, scale);
+            for (int32_t i = 0; i < scale; i++) *(vec *)(to + i * LANES) = v[i];
+        }
+        return;
+    }
+    for (int32_t column = 0; column < scale; column++)
+        for (int32_t i = 0; i < GROUP; i++) to[i * scale + column] = from[column * GROUP + i];
+}
+
+/* Pixels that lie beside one another in an output row; of upsamplers, those of the lightest. */
+static void store_run(const Job *job, const float *y, int32_t o, int64_t at, int32_t count) {
+    float *restrict out = job->out + (int64_t)o * job->H * job->W + at;
+    if (!job->classes) {
+        memcpy(out, y, sizeof(float) * count);
+        return;
+    }
+    const uint8_t *classes = job->classes + at;
+    const float gain = job->gain[o];
+    for (int32_t i = 0; i < count; i++) out[i] = classes[i] == 0 ? out[i] + gain * y[i] : out[i];
+}
+
 /* All pixels of a segment at an integer scale, phase by phase: LR pixels are lanes. */
 static void phases(const Job *job, const Mlp *mlp, int32_t r, int32_t q0, int32_t count,
                    Scratch *s) {
     const int32_t scale = job->scale, width = mlp->layer[0].outputs;
     const int32_t outputs = outputs_of(mlp);
-    const int64_t plane = (int64_t)job->H * job->W;
+    float *columns = s->columns, *run = columns + (int64_t)outputs * scale * GROUP;
     count_macs(mlp, 1, (int64_t)count * scale * scale, s);
-    for (int32_t phase = 0; phase < scale * scale; phase++) {
-        const int32_t row = r * scale + phase / scale, column = phase % scale;
+    for (int32_t phase = 0; phase < scale * scale; phase += scale)
         for (int32_t q = 0; q < count; q += GROUP) {
-            for (int32_t d = 0; d < width; d++) {
-                const float term = mlp->terms[(int64_t)phase * full(width) + d];
-                const vec *from = (const vec *)(s->first + d * STRIDE + q);
-                vec *x = (vec *)(s->x + d * GROUP);
-                for (int32_t n = 0; n < VECTORS; n++)
-                    x[n] = mlp->layers > 1 ? relu(from[n] + term) : from[n] + term;
-            }
-            const float *y = finish(mlp, s);
-            const int32_t used = count - q < GROUP ? count - q : GROUP;
-            const int64_t at = (int64_t)row * job->W + (int64_t)(q0 + q) * scale + column;
-            for (int32_t o = 0; o < outputs; o++) {
-                float *out = job->out + o * plane + at;
-                const float *from = y + o * GROUP;
-                if (job->classes) {
-                    const uint8_t *classes = job->classes + at;
-                    const float gain = job->gain[o];
-                    for (int32_t i = 0; i < used; i++)
-                        if (classes[i * scale] == 0) out[i * scale] += gain * from[i];
-                } else {
-                    for (int32_t i = 0; i < used; i++) out[i * scale] = from[i];
+            for (int32_t column = 0; column < scale; column++) {
+                const float *terms = mlp->terms + (int64_t)(phase + column) * full(width);
+                for (int32_t d = 0; d < width; d++) {
+                    const vec *from = (const vec *)(s->first + d * STRIDE + q);
+                    vec *x = (vec *)(s->x + d * GROUP);
+                    for (int32_t n = 0; n < VECTORS; n++)
+                        x[n] = mlp->layers > 1 ? relu(from[n] + terms[d]) : from[n] + terms[d];
                 }
+                const float *y = finish(mlp, s);
+                for (int32_t o = 0; o < outputs; o++)
+                    memcpy(columns + (o * scale + column) * GROUP, y + o * GROUP,
+                           sizeof(float) * GROUP);
+            }
+            const int32_t used = count - q < GROUP ? count - q : GROUP;
+            const int64_t row = r * scale + phase / scale;
+            for (int32_t o = 0; o < outputs; o++) {
+                const float *from = columns + (int64_t)o * scale * GROUP;
+                switch (scale) {
+                    case 2: weave(2, from, run); break;
+                    case 4: weave(4, from, run); break;
+                    default: weave(scale, from, run);
+                }
+                store_run(job, run, o, row * job->W + (int64_t)(q0 + q) * scale, used * scale);
             }
         }
-    }
 }
 
 /* LR columns q0 to q0 + count of a row as (C, STRIDE). */
@@ -246,7 +236,7 @@ static void turn(const float *first, int32_t width, int32_t count, float *to) {
         for (int32_t d = 0; d < width; d += LANES) {
             vec v[LANES];
             for (int32_t i = 0; i < LANES; i++) v[i] = *(const vec *)(first + (d + i) * STRIDE + q);
-            transpose(v);
+            zip(v, LANES);
             for (int32_t i = 0; i < LANES; i++) *(vec *)(to + (q + i) * full(width) + d) = v[i];
         }
 }
@@ -383,6 +373,7 @@ void pcsr_work(void *argument) {
     const int64_t tasks = (int64_t)job->h * segments;
     const size_t width = full(widest(job)), scale = job->scale;
     const size_t columns = job->w < SEGMENT ? job->w : SEGMENT;
+    const size_t outputs = outputs_of(&job->mlp[0]), wide = job->classes ? outputs * job->W : 1;
     const size_t most = scale ? columns * scale * scale : (size_t)job->W;
     Scratch s = {
         .feat = allocate(sizeof(float) * job->channels * STRIDE),
@@ -390,13 +381,12 @@ void pcsr_work(void *argument) {
         .of_lr = allocate(sizeof(float) * width * SEGMENT),
         .x = allocate(sizeof(float) * width * GROUP),
         .y = allocate(sizeof(float) * width * GROUP),
+        .columns = allocate(sizeof(float) * (outputs + 1) * (scale ? scale : 1) * GROUP),
         .pixels = allocate(sizeof(Pixel) * most),
     };
-    /* Twice the rows of three channels, one after the other. */
-    const size_t wide = job->classes ? (size_t)outputs_of(&job->mlp[0]) * job->W : 0;
     s.rows.wide[0] = allocate(sizeof(float) * 2 * wide);
     s.rows.wide[1] = s.rows.wide[0] + wide;
-    if (s.feat && s.first && s.of_lr && s.x && s.y && s.pixels && s.rows.wide[0] &&
+    if (s.feat && s.first && s.of_lr && s.x && s.y && s.columns && s.pixels && s.rows.wide[0] &&
         allocate_half(job, &s.half)) {
         HalfState state;
         if (s.half.x) begin_half(&state);
@@ -422,6 +412,7 @@ void pcsr_work(void *argument) {
     free(s.of_lr);
     free(s.x);
     free(s.y);
+    free(s.columns);
     free(s.pixels);
     free(s.rows.wide[0]);
 }

@@ -50,19 +50,20 @@ static inline vec relu(vec v) {
 #define ZIP_SECOND(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
 #endif
 
-/* LANES vectors to those of their first elements, second elements, ...: each round moves a bit of
- * an element's place from the vector's number to the lane. */
-ALWAYS_INLINE void transpose(vec v[LANES]) {
+/* `count` vectors, a power of two, to as many: each round moves a bit of an element's place from
+ * the vector's number to the lane. As many rounds as bits of `count` give the first elements of
+ * all vectors, then the second ones, and so on. */
+ALWAYS_INLINE void zip(vec *v, const int count) {
     vec zipped[LANES];
 #pragma GCC unroll 4
-    for (int round = 1; round < LANES; round *= 2) {
+    for (int round = 1; round < count; round *= 2) {
 #pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            zipped[2 * i] = ZIP_FIRST(v[i], v[i + LANES / 2]);
-            zipped[2 * i + 1] = ZIP_SECOND(v[i], v[i + LANES / 2]);
+        for (int i = 0; i < count / 2; i++) {
+            zipped[2 * i] = ZIP_FIRST(v[i], v[i + count / 2]);
+            zipped[2 * i + 1] = ZIP_SECOND(v[i], v[i + count / 2]);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) v[i] = zipped[i];
+        for (int i = 0; i < count; i++) v[i] = zipped[i];
     }
 }
 
