@@ -60,7 +60,7 @@ class NativeEngine(FastEngine):
         super().__init__(model, run_px=run_px or RUN_PX, dtype=dtype, encoder=encoder)
         self._library = library
         self._tolerance = native.TOLERANCE
-        half = dtype == torch.bfloat16 and library.rows_has_half
+        half = dtype == torch.bfloat16 and library.has_half
         # The lightest of several runs on all pixels of a row, which is not made for half precision.
         self._upsamplers = [
             NativeMLP.pack(

@@ -358,7 +358,7 @@ def test_batches_features_of_any_layout_and_parts_without_rows(size: tuple[int, 
 @pytest.mark.parametrize("hidden", [[48], [70, 74], [100, 33, 64]])
 def test_wide_mlps_in_half_precision(size: tuple[int, int], hidden: list[int]) -> None:
     """All pixels, and those of a class; widths that fill no tile, a batch, scales of all kinds."""
-    if not loaded().rows_has_half:
+    if not loaded().has_half:
         pytest.skip("needs a processor with AMX")
     spec = {"name": "mlp", "args": {"hidden_list": hidden}}
     torch.manual_seed(0)

@@ -76,7 +76,7 @@ def test_half_precision() -> None:
     for one, two, other in zip(ours, theirs, exact, strict=True):
         assert (one - other).norm() <= 3e-2 * other.norm()
         assert (two - other).norm() <= 3e-2 * other.norm()
-    assert torch.equal(ours[0], theirs[0]) != loaded().rows_has_half
+    assert torch.equal(ours[0], theirs[0]) != loaded().has_half
 
 
 def test_other_weights_are_packed_again() -> None:
@@ -107,3 +107,12 @@ def test_what_is_packed_goes_with_the_model() -> None:
     assert len(frozen._packed) == before + 1
     del model
     assert len(frozen._packed) == before
+
+
+def test_models_made_for_inference_alone_are_left_to_torch() -> None:
+    with torch.inference_mode():
+        model = make_phase1("fsrcnn")
+        lr = torch.rand(1, 3, 9, 7)
+        mixed = model.mixture(lr, (36, 28))[0]
+        model.uses_kernels = False
+        assert torch.equal(model.mixture(lr, (36, 28))[0], mixed)

@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def rows_of(graph: RowGraph, dtype: torch.dtype = torch.float32, **words: int) -> NativeRows:
     """The kernels for a graph; the test is skipped where the processor has no matrix unit."""
-    if dtype == torch.bfloat16 and not loaded().rows_has_half:
+    if dtype == torch.bfloat16 and not loaded().has_half:
         pytest.skip("needs a processor with AMX")
     return NativeRows(loaded(), graph, dtype, **words)
 
@@ -103,7 +103,9 @@ def check_close(network: NativeRows, graph: RowGraph, x: torch.Tensor, tolerance
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 7, 13, 14, 27])
-@pytest.mark.parametrize("size", [(1, 1), (2, 16), (40, 17), (9, 31), (5, 33), (3, 130)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (2, 16), (40, 17), (9, 31), (5, 33), (3, 130), (200, 3), (60, 13)]
+)
 def test_all_they_can_do(channels: int, size: tuple[int, int], dtype: torch.dtype) -> None:
     graph = everything(channels)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
@@ -112,11 +114,12 @@ def test_all_they_can_do(channels: int, size: tuple[int, int], dtype: torch.dtyp
 
 def test_half_precision_of_backbones() -> None:
     """CARN's groups of 13 are filled up to 16; SRResNet has none."""
-    x = torch.randn(1, 3, 30, 40)
     networks = CARN(nf=52, no_upsampling=True), SRResNet(nf=58, nb=3, no_upsampling=True)
     for network in networks:
         graph = network.eval().graph()
-        check_close(rows_of(graph, torch.bfloat16), graph, x, 1e-2)
+        for size in ((30, 40), (60, 15)):
+            x = torch.randn(1, 3, *size)
+            check_close(rows_of(graph, torch.bfloat16), graph, x, 1e-2)
         assert isinstance(native.fused_encoder(network, torch.bfloat16), NativeRows)
     assert isinstance(native.fused_encoder(networks[0]), NativeRows)
     assert not isinstance(native.fused_encoder(networks[1]), NativeRows), "torch is faster"
@@ -234,7 +237,7 @@ def test_originals_are_compared_with_the_same_kernels() -> None:
 def test_what_they_are_not_made_for_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     network = CARN(nf=8, no_upsampling=True).eval()
     assert not isinstance(native.fused_encoder(network, torch.float16), NativeRows)
-    monkeypatch.setattr(loaded(), "rows_has_half", False)
+    monkeypatch.setattr(loaded(), "has_half", False)
     assert not isinstance(native.fused_encoder(network, torch.bfloat16), NativeRows)
     only_the_image, wide = RowGraph(), RowGraph()
     only_the_image.conv([-1], nn.Conv2d(3, 4, 3))
@@ -242,3 +245,34 @@ def test_what_they_are_not_made_for_is_left_to_torch(monkeypatch: pytest.MonkeyP
     for graph, reason in ((only_the_image, "image alone"), (wide, "radius")):
         with pytest.raises(ValueError, match=reason):
             half_plan(graph, 13, 4)
+
+
+def test_rows_that_do_not_go_together_are_refused() -> None:
+    network = FSRCNN(no_upsampling=True).eval()
+    stream = NativeRows(loaded(), network.graph()).stream()
+    stream.push(torch.rand(2, 4, 8, 3), False)
+    for rows in (torch.rand(2, 4, 9, 3), torch.rand(1, 4, 8, 3), torch.rand(2, 4, 8, 1)):
+        with pytest.raises(ValueError, match="rows is"):
+            stream.push(rows, False)
+    assert stream.push(torch.rand(2, 0, 8, 3), True).shape == (2, 4, 8, 56)
+    with pytest.raises(ValueError, match="no image"):
+        stream.push(torch.rand(2, 4, 8, 3), True)
+    with pytest.raises(ValueError, match="no image"):
+        NativeRows(loaded(), network.graph()).stream().push(torch.rand(1, 0, 8, 3), True)
+
+
+def test_kernels_larger_than_margins_are_left_to_torch() -> None:
+    graph = RowGraph()
+    graph.conv([-1], nn.Conv2d(3, 4, 35))
+    with pytest.raises(ValueError, match="radius is above 16"):
+        NativeRows(loaded(), graph)
+
+
+def test_weights_that_are_no_numbers_are_not_blamed_on_the_kernels(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    network = FSRCNN(no_upsampling=True).eval()
+    with torch.no_grad():
+        next(network.parameters())[0, 0, 0, 0] = float("nan")
+    assert isinstance(native.fused_encoder(network), NativeRows)
+    assert not caplog.text

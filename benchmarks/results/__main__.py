@@ -133,9 +133,9 @@ def _measure_one(
 ) -> None:
     if "quality" in args.parts:
         measure_subject(subject, weights, args.data, args.sets, device)
-    # The official networks are as fast as ours, and their pictures not ours to show.
-    if "speed" in args.parts and not subject.is_official:
+    if "speed" in args.parts:
         measure_speed(subject, weights, args.data, device, args.rounds)
+    # The official networks' pictures are not ours to show.
     if "pictures" in args.parts and not subject.is_official:
         draw_crops(subject, weights, device)
 

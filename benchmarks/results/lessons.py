@@ -49,7 +49,8 @@ The cheapest routing that stays within {tolerance} dB of the same network all-he
 
 "Pays" means: cheaper than the original network, in executed FLOPs and on the clock, and at most
 {tolerance} dB below it. The clock is that of the original after the graph optimisations that PCSR's
-engine has (folded batch norms, channels-last), not of its slower published form.
+engine has (folded batch norms, channels-last, the backbone by the same CPU kernels), not of its
+slower published form.
 
 {target}
 

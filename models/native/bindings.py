@@ -105,8 +105,11 @@ class Library:
         path: see `models.native.compiler`.
 
     Attributes:
-        tile: the most outputs that are computed at once.
+        tile: the most outputs that are computed at once in float32.
         group: pixels that fill the vectors.
+        margin: columns of zeros beside a row of float32; no kernel's radius is greater.
+        half_margin: the same in half precision.
+        has_half: the processor has a matrix unit, and the system lets this process use it.
 
     Raises:
         UserError: it cannot be loaded.
@@ -120,11 +123,9 @@ class Library:
             self._lanes = int(self._library.pcsr_lanes())
             self._segment = int(self._library.pcsr_segment())
             self._work = self._library.pcsr_work
-            self.rows_tile = int(self._library.pcsr_rows_tile())
-            self.rows_group = int(self._library.pcsr_rows_group())
-            self.rows_margin = int(self._library.pcsr_rows_margin())
-            self.rows_half_margin = int(self._library.pcsr_rows_half_margin())
-            self.rows_has_half = bool(self._library.pcsr_rows_has_half())
+            self.margin = int(self._library.pcsr_rows_margin())
+            self.half_margin = int(self._library.pcsr_rows_half_margin())
+            self.has_half = bool(self._library.pcsr_rows_has_half())
             self._rows_work = self._library.pcsr_rows_work
             self._passes = {name: self._library[f"pcsr_{name}_work"] for name in _PASSES}
         except (OSError, AttributeError) as error:
@@ -161,6 +162,8 @@ class Library:
         """
         (h, w), (H, W) = (grid.rows.lr_len, grid.cols.lr_len), grid.out_size
         batch, channels, outputs = len(feat_BChw), mlps[0].widths[0], mlps[0].out_dim
+        if {(mlp.widths[0], mlp.out_dim) for mlp in mlps} != {(channels, outputs)}:
+            raise ValueError("CPU kernels: MLPs of different inputs or outputs")
         check_tensor("feat_BChw", feat_BChw, torch.float32, (batch, channels, h, w), "any")
         check_tensor("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
         if skip is not None:

@@ -29,7 +29,7 @@ def features_and_residual(
     """Features (B, C, h, w) and the upsampler's output (B, 3, H, W) everywhere, without gradients.
 
     Under autocast to bfloat16 in half precision, where the processor has a matrix unit. Weights are
-    packed again when they have changed.
+    packed again when they have changed, which autograd's counters tell (not so changes by `.data`).
 
     Args:
         encoder, upsampler: in eval mode.
@@ -43,12 +43,13 @@ def features_and_residual(
     library = None if torch.compiler.is_compiling() else native.library()
     if library is None or x.device.type != "cpu" or x.dtype != torch.float32:
         return None
-    if next(encoder.parameters()).dtype != torch.float32:
+    weight = next(encoder.parameters())
+    if weight.dtype != torch.float32 or weight.is_inference():
         return None
     dtype = torch.float32
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-        if dtype != torch.bfloat16 or not library.rows_has_half:
+        if dtype != torch.bfloat16 or not library.has_half:
             return None
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         packed_encoder, mlp = _pack(library, encoder, upsampler, dtype)

@@ -15,6 +15,7 @@ from models.native.row_plan import (
     RowPlan,
     activation_of,
     add_float,
+    check_radius,
 )
 from models.row_graph import RowGraph, Sum
 
@@ -33,10 +34,9 @@ def half_plan(graph: RowGraph, tile: int, margin: int) -> RowPlan:
         ValueError: a kernel is too large, or the output depends on the image alone.
     """
     lags = graph.lags()
-    if any(step.radius_px > margin for step in graph.steps):
-        raise ValueError(f"a kernel's radius is above {margin}")
+    check_radius(graph, margin)
     if _reads_image_alone(graph.steps[-1]):
-        raise ValueError("the output depends on the image alone")
+        raise ValueError("CPU kernels: the output depends on the image alone")
     groups = _slot_groups(graph)
     plan = RowPlan(graph.channels_of(len(lags) - 1), is_half=True)
     plan.buffers.append(PlannedBuffer(graph.channels, 0))
@@ -116,7 +116,7 @@ def _slot_groups(graph: RowGraph) -> dict[int, int]:
         if other in groups:
             groups.setdefault(one, groups[other])
     if any(groups.get(n) != groups.get(added) for n, added in pairs):
-        raise ValueError("what is added has its channels in other places")
+        raise ValueError("CPU kernels: what is added has its channels in other places")
     return groups
 
 

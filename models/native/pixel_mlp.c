@@ -1,7 +1,7 @@
 /* Pixel-level MLPs on a CPU: first layer, position, all layers and the scatter in one pass.
  *
- * One task is a segment of an LR row: its features are gathered as channels by pixels, the first layer's
- * product is computed on them, and then the output pixels go through the other layers in groups
+ * One task is a segment of an LR row: its features are gathered as channels by pixels, the first
+ * layer's product is computed on them, and then the output pixels go through the other layers in groups
  * that fit the vector registers, with activations that never leave the first-level cache. A product
  * is a tile of T outputs by V vectors of pixels, held in registers; the weights of a tile lie in the
  * order in which it reads them. No array of the output's size is made, and nothing is gathered

@@ -18,7 +18,7 @@ class Buffer(ctypes.Structure):
     """As rows.c has it."""
 
     _fields_ = (
-        *((name, INT) for name in ("channels", "rows", "lag", "is_half")),
+        *((name, INT) for name in ("channels", "rows", "lag")),
         ("first", LONG),
     )
 
@@ -126,18 +126,29 @@ class RowPlan:
         return step.target
 
 
-def float_plan(graph: RowGraph, tile: int) -> RowPlan:
+def float_plan(graph: RowGraph, tile: int, margin: int) -> RowPlan:
     """In float32.
 
     Args:
         tile: the most outputs that are computed at once.
+        margin: no kernel's radius may be greater.
+
+    Raises:
+        ValueError: one is.
     """
+    check_radius(graph, margin)
     lags = graph.lags()
     plan = RowPlan(graph.channels_of(len(lags) - 1), is_half=False)
     plan.buffers.append(PlannedBuffer(graph.channels, 0))
     for step, lag in zip(graph.steps, lags, strict=True):
         add_float(plan, step, lag, tile)
     return plan
+
+
+def check_radius(graph: RowGraph, margin: int) -> None:
+    """ValueError where a kernel's radius is greater than the margins of rows."""
+    if any(step.radius_px > margin for step in graph.steps):
+        raise ValueError(f"CPU kernels: a kernel's radius is above {margin}")
 
 
 def activation_of(step: Sum) -> int:

@@ -36,8 +36,7 @@ typedef struct {
     int32_t channels;
     int32_t rows; /* that the ring holds; 0 for the last one, whose rows go to the output */
     int32_t lag;
-    int32_t is_half; /* see rows_amx.h */
-    int64_t first;   /* where it begins in the arena, in floats */
+    int64_t first; /* where it begins in the arena, in floats */
 } Buffer;
 
 typedef struct {
@@ -89,8 +88,6 @@ typedef struct {
     Part *const *part;
 } Run;
 
-int32_t pcsr_rows_tile(void) { return TILE; }
-int32_t pcsr_rows_group(void) { return GROUP; }
 int32_t pcsr_rows_margin(void) { return MARGIN; }
 
 static inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -320,20 +317,21 @@ static void work_on(Part *part, const void **rows) {
 /* Works on a run until all of its parts are done: to be called by each thread. */
 void pcsr_rows_work(void *argument) {
     Run *run = argument;
-    int32_t most = 0;
+    int32_t most = 0, is_half = 0;
     for (int32_t s = 0; s < run->part[0]->steps; s++) {
         const Step *step = &run->part[0]->step[s];
         int32_t count = 0;
+        is_half |= step->kind == IN_HALF;
         for (int32_t i = 0; i < step->sources; i++) count += step->source[i].size;
         most = larger(most, count);
     }
     const void **rows = malloc(sizeof(*rows) * most);
     if (!rows) return; /* the others do its work */
     HalfState state;
-    begin_half(&state);
+    if (is_half) begin_half(&state);
     const int32_t own = __atomic_fetch_add(&run->threads, 1, __ATOMIC_RELAXED);
     for (int32_t p = 0; p < run->parts; p++)
         work_on(run->part[(own + p) % run->parts], rows);
-    end_half(&state);
+    if (is_half) end_half(&state);
     free(rows);
 }

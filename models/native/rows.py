@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.native.bindings import Library
+from models.native.bindings import Library, check_tensor
 from models.native.half_plan import half_plan
 from models.native.row_plan import INT, LONG, POINTER, Buffer, Step, float_plan
 from models.row_graph import RowGraph
@@ -22,6 +22,7 @@ from models.streams import push_whole
 # a cache of 2 MB, 2048 take a tenth longer and 4096 a third (measured).
 CHUNK_PX = 512
 _UNKNOWN_HEIGHT = 2**30
+_MOST_SPARE_BYTES = 256 * 2**20
 # Where columns are divided: at whole vectors of any processor.
 _UNIT = 16
 
@@ -72,9 +73,9 @@ class NativeRows:
         self.library = library
         self.chunk_px = chunk_px
         if dtype == torch.float32:
-            self.plan = float_plan(graph, library.rows_tile)
-        elif dtype == torch.bfloat16 and library.rows_has_half:
-            self.plan = half_plan(graph, library.rows_tile, library.rows_half_margin)
+            self.plan = float_plan(graph, library.tile, library.margin)
+        elif dtype == torch.bfloat16 and library.has_half:
+            self.plan = half_plan(graph, library.tile, library.half_margin)
         else:
             raise ValueError(f"CPU kernels: not made for {dtype} on this processor")
         self.steps = (Step * len(self.plan.steps))(*self.plan.steps)
@@ -98,7 +99,9 @@ class NativeRows:
         return [torch.zeros(layout.size) for layout in layouts]
 
     def give_back(self, layouts: "list[_Layout]", arenas: list[Tensor]) -> None:
-        """Keep memory for the next image of this size."""
+        """Keep memory for the next image of this size, where it is not too much."""
+        if sum(arena.nbytes for arena in arenas) > _MOST_SPARE_BYTES:
+            return
         self._spare[:] = [([layout.kind for layout in layouts], arenas)]
 
 
@@ -108,14 +111,28 @@ class NativeRowStream:
     def __init__(self, network: NativeRows) -> None:
         self._network = network
         self._position = 0
+        self._size: tuple[int, int] | None = None
+        self._is_over = False
         self._together = 1
         self._layouts: list[_Layout] = []
         self._arenas: list[list[Tensor]] = []
 
     def push(self, rows: Tensor, last: bool) -> Tensor:
-        """See `models.streams.RowStream`."""
+        """See `models.streams.RowStream`.
+
+        Raises:
+            ValueError: rows of another size than the first ones, or of no image; or others followed
+                the last ones.
+        """
         network = self._network
         batch, count, w = rows.shape[:3]
+        rows = rows.float().contiguous()
+        self._size = self._size or (batch, w)
+        shape = (self._size[0], count, self._size[1], network.plan.buffers[0].channels)
+        check_tensor("rows", rows, torch.float32, shape)
+        if self._is_over or not batch * w or (last and not self._position + count):
+            raise ValueError("CPU kernels: rows of no image")
+        self._is_over = last
         lag, start = network.plan.lag, self._position
         self._position += count
         together = self._prepare(w, count if last else None, batch)
@@ -124,13 +141,13 @@ class NativeRowStream:
         ready = max(0, end - lag) - first_out
         channels, is_half = network.plan.out_channels, network.plan.is_half
         # Of all columns, at the stride that the kernels use.
-        shape = (w, channels) if is_half else (channels, _stride(network.library, w))
-        out = torch.empty(batch, ready, *shape)
+        row = (w, channels) if is_half else (channels, _stride(network.library, w))
+        out = torch.empty(batch, ready, *row)
         height = self._position if last else _UNKNOWN_HEIGHT
         run = _Run(network, (start, end), height, first_out)
         for arenas, given, made in zip(
             itertools.cycle(self._arenas),
-            rows.float().contiguous().split(together),
+            rows.split(together),
             out.split(together),
             strict=False,
         ):
@@ -139,7 +156,7 @@ class NativeRowStream:
             network.give_back(self._layouts * self._together, self._arenas[0])
         if is_half:
             return out
-        margin = network.library.rows_margin
+        margin = network.library.margin
         return out[..., margin : margin + w].permute(0, 1, 3, 2)
 
     def _prepare(self, w: int, height: int | None, batch: int) -> int:
@@ -247,7 +264,7 @@ class _Layout:
         library, plan, lag = network.library, network.plan, network.plan.lag
         self.rectangle = rectangle
         start, end = rectangle.columns
-        unit = library.rows_margin
+        unit = library.margin
         self.columns = max(0, start - lag) // unit * unit, min(w, end + lag)
         own_w = self.columns[1] - self.columns[0]
         self.stride = _stride(library, own_w)
@@ -255,14 +272,15 @@ class _Layout:
         most = _UNKNOWN_HEIGHT if height is None else height
         self.chunk = min(self.chunk, most)
         # In half precision a row is pixels; a tile of them may begin up to one before its end.
-        self.half_stride = own_w + 2 * library.rows_half_margin + 2 * unit
+        self.half_stride = own_w + 2 * library.half_margin + 2 * unit
         kept = [min(rows, most) for rows in plan.ring_rows(self.chunk)]
         sizes = [
-            b.channels * (self.half_stride // 2 if b.is_half else self.stride) for b in plan.buffers
+            b.channels * self.half_stride // 2 if b.is_half else b.channels * self.stride
+            for b in plan.buffers
         ]
         first, buffers = max(sizes), []
         for buffer, rows, size in zip(plan.buffers, kept, sizes, strict=True):
-            buffers.append(Buffer(buffer.channels, rows, buffer.lag, buffer.is_half, first))
+            buffers.append(Buffer(buffer.channels, rows, buffer.lag, first))
             first += rows * size
         self.buffers = (Buffer * len(buffers))(*buffers)
         # The last row may be read beyond its end, too.
@@ -272,11 +290,11 @@ class _Layout:
 
 
 def _stride(library: Library, w: int) -> int:
-    """Between the channels of a row: an odd number of cache lines.
+    """Between the channels of a row, in floats: an odd number of cache lines (of 64 bytes).
 
     With an even one, the channels would share a few sets of the cache.
     """
-    margin, group = library.rows_margin, library.rows_group
+    margin, group = library.margin, library.group
     stride = -(-w // group) * group + 2 * margin
     return stride + (margin if stride // margin % 2 == 0 else 0)
 
@@ -298,7 +316,7 @@ def _split(
         return own / speed / (-(-size // unit) * unit)
 
     units = -(-w // _UNIT)
-    ways = [(cost(n, w, library.rows_group), True, n) for n in range(1, min(threads, units) + 1)]
+    ways = [(cost(n, w, library.group), True, n) for n in range(1, min(threads, units) + 1)]
     if height is not None:
         ways += [(cost(n, height, 1), False, n) for n in range(1, min(threads, height) + 1)]
     _, by_columns, count = min(ways)

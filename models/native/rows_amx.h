@@ -3,7 +3,8 @@
  * A row is (pixels, slots): pixel-major, so that 16 pixels by 32 slots are a matrix tile as they
  * lie in memory, wherever in the row they begin. Channels have slots: groups that the network's
  * convolutions have are filled up to 16, all of them to a multiple of 32; slots without a channel
- * are zero. A product is 32 pixels by 32 outputs (a pair of tiles), summed in four tile registers
+ * are zero, and so are their weights: what is not finite there spreads to the channels of a pair's
+ * other group. A product is 32 pixels by 32 outputs (a pair of tiles), summed in four tile registers
  * over 32 inputs at a time.
  */
 
