@@ -202,11 +202,11 @@ def draw(points: Sequence[Point], title: str) -> "Figure":
         _draw_panel(flops, others, [point.flops_executed / 1e9 for point in others])
         _draw_panel(time, group, [1e3 * point.time_s for point in group])
         flops.set(
-            title=f"{name}: quality and compute",
+            title=f"{name}\nquality and compute",
             xlabel="executed GFLOPs per image",
             ylabel="RGB PSNR in dB",
         )
-        time.set(title=f"{name}: quality and time", xlabel="time per image in ms")
+        time.set(title=f"{name}\nquality and time", xlabel="time per image in ms")
     figure.suptitle(title)
     handles, labels = panels[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
