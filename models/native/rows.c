@@ -84,7 +84,7 @@ typedef struct {
 } Part;
 
 typedef struct {
-    int32_t parts, threads; /* threads: that have come */
+    int32_t parts, next; /* next: the next part that no thread has begun */
     Part *const *part;
 } Run;
 
@@ -281,6 +281,7 @@ static void unlock(Part *part) { __atomic_store_n(&part->lock, 0, __ATOMIC_RELEA
 
 /* Works on a part until it is done; others may be at it, or come later. */
 static void work_on(Part *part, const void **rows) {
+    if (__atomic_load_n(&part->done, __ATOMIC_ACQUIRE)) return;
     lock(part);
     if (part->current < -1) {
         part->current = part->steps - 1;
@@ -329,9 +330,12 @@ void pcsr_rows_work(void *argument) {
     if (!rows) return; /* the others do its work */
     HalfState state;
     if (is_half) begin_half(&state);
-    const int32_t own = __atomic_fetch_add(&run->threads, 1, __ATOMIC_RELAXED);
-    for (int32_t p = 0; p < run->parts; p++)
-        work_on(run->part[(own + p) % run->parts], rows);
+    for (;;) {
+        const int32_t own = __atomic_fetch_add(&run->next, 1, __ATOMIC_RELAXED);
+        if (own >= run->parts) break;
+        work_on(run->part[own], rows);
+    }
+    for (int32_t p = 0; p < run->parts; p++) work_on(run->part[p], rows);
     if (is_half) end_half(&state);
     free(rows);
 }
