@@ -62,6 +62,7 @@ class DeviceImages:
         pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=device)
 
         def fill(index: int) -> UserError | None:
+            """Decode one image to its place; returns what is wrong with it."""
             if heights[index] == 0:
                 return None
             try:

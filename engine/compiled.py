@@ -38,6 +38,7 @@ def compiled(objective: nn.Module, mode: str, device: torch.device) -> Objective
     run = torch.compile(objective, mode=_MODES[mode])
 
     def call(lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+        """`objective`, compiled; UserError where there is no working compiler."""
         torch.compiler.cudagraph_mark_step_begin()
         try:
             losses = run(lr, hr)

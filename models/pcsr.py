@@ -119,14 +119,14 @@ class PCSR(nn.Module):
             raise UserError("PCSR: a phase 0 model has no classifier")
         *lights, heavy = self.upsamplers
         frozen = None
+        x = self.norm.normalise(lr)
         if self._frozen and self.uses_kernels:
-            x = self.norm.normalise(lr)
             frozen = features_and_residual(self.encoder, heavy, x, grid)
         if frozen is not None:
             feat, heavy_residual = frozen
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-                feat = self.encode(lr)
+                feat = self.encoder(x)
                 heavy_residual = heavy.dense(feat, grid)
         logits_BMHW = self.classifier.dense(feat, grid).float()
         return [*(light.dense(feat, grid) for light in lights), heavy_residual], logits_BMHW

@@ -158,17 +158,20 @@ def test_wrong_parts_are_refused(pictures, tmp_path) -> None:
         unpack(tmp_path / "parts", tmp_path / "there")
 
 
-def test_names_that_lead_out_are_refused(pictures, tmp_path) -> None:
-    output = tmp_path / "parts"
+@pytest.mark.parametrize("name", ["../out.txt", "a/../../out.txt", "{}/out.txt", "link/out.txt"])
+def test_names_that_lead_out_are_refused(name, pictures, tmp_path) -> None:
+    output, there = tmp_path / "parts", tmp_path / "there"
+    there.mkdir()
+    (there / "link").symlink_to(tmp_path)
     (part,) = pack([pictures], output, 1)
     path = output / part.name
     with tarfile.open(path, "w") as tar:
-        tar.addfile(tarfile.TarInfo("../out.txt"))
+        tar.addfile(tarfile.TarInfo(name.format(tmp_path)))
     manifest = json.loads((output / MANIFEST_NAME).read_text())
     manifest["parts"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (output / MANIFEST_NAME).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"out\.txt"):
-        unpack(output, tmp_path / "there")
+    with pytest.raises(UserError, match=r"out\.txt leads out of"):
+        unpack(output, there)
     assert not (tmp_path / "out.txt").exists()
 
 

@@ -3,6 +3,7 @@
 Module names are the published state-dict names. Axes: B batch, C = nf channels, h w LR.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,6 @@ from models.registry import MODELS
 from models.row_graph import RowGraph
 from models.streams import Encoder
 from utils.errors import UserError
-
-Step = Callable[[int], int]
 
 
 class ResidualBlock(nn.Module):
@@ -52,6 +51,26 @@ def cascade(x: Tensor, steps: Sequence[nn.Module], fusions: Sequence[nn.Module])
         gathered = torch.cat([gathered, step(out)], dim=1)
         out = fuse(gathered)
     return out
+
+
+def _cascade_step(
+    graph: RowGraph,
+    x: int,
+    steps: Sequence[Callable[[int], int]],
+    fusions: Sequence[nn.Sequential],
+) -> int:
+    """:func:`cascade` as steps of a graph."""
+    gathered, out = [x], x
+    for step, fuse in zip(steps, fusions, strict=True):
+        gathered.append(step(out))
+        out = graph.conv(gathered, fuse[0], slope=0)
+    return out
+
+
+def _residual_step(graph: RowGraph, x: int, block: ResidualBlock) -> int:
+    first = graph.conv([x], block.body[0], slope=0)
+    second = graph.conv([first], block.body[2], slope=0)
+    return graph.conv([second], block.body[4], slope=0, added=x)
 
 
 class CascadeBlock(nn.Module):
@@ -143,29 +162,17 @@ class CARN(SRNetwork):
         return FusedCarn(fused_copy(self), dtype)
 
     def graph(self) -> RowGraph:
+        """See `SRNetwork.graph`."""
         network, graph = fused_copy(self), RowGraph()
 
-        def block(cascade_block: nn.Module) -> Step:
-            body = [cascade_block.get_submodule(f"b1.body.{index}") for index in (0, 2, 4)]
-            fusions = [cascade_block.get_submodule(name) for name in ("c1", "c2", "c3")]
+        def in_block(x: int, block: CascadeBlock) -> int:
+            steps = [lambda x: _residual_step(graph, x, block.b1)] * 3
+            return _cascade_step(graph, x, steps, [block.c1, block.c2, block.c3])
 
-            def residual(x: int) -> int:
-                first = graph.conv([x], body[0], slope=0)
-                second = graph.conv([first], body[1], slope=0)
-                return graph.conv([second], body[2], slope=0, added=x)
-
-            return lambda x: cascaded(x, [residual] * 3, fusions)
-
-        def cascaded(x: int, steps: Sequence[Step], fusions: Sequence[nn.Module]) -> int:
-            gathered, out = [x], x
-            for step, fuse in zip(steps, fusions, strict=True):
-                gathered.append(step(out))
-                out = graph.conv(gathered, fuse.get_submodule("0"), slope=0)
-            return out
-
-        blocks = [block(b) for b in (network.b1, network.b2, network.b3)]
+        blocks = (network.b1, network.b2, network.b3)
+        steps = [functools.partial(in_block, block=block) for block in blocks]
         x = graph.conv([RowGraph.IMAGE], network.entry)
-        cascaded(x, blocks, [network.c1, network.c2, network.c3])
+        _cascade_step(graph, x, steps, [network.c1, network.c2, network.c3])
         return graph
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:

@@ -141,10 +141,12 @@ class _CascadeRows:
         return self.advance(last)
 
     def store(self, rows: Tensor, last: bool) -> Tensor:
+        """See :class:`_Step`."""
         self._x = self._steps[0].store(rows, last)
         return self._x
 
     def advance(self, last: bool) -> Tensor:
+        """See :class:`_Step`."""
         assert self._x is not None
         parts: list[list[Tensor]] = [[self._x]]
         fused = None

@@ -63,6 +63,7 @@ class FSRCNN(SRNetwork):
         return sequential_rows([self.head_conv, self.body_conv])
 
     def graph(self) -> RowGraph:
+        """See `SRNetwork.graph`."""
         return sequential_graph([self.head_conv, self.body_conv])
 
     def reconstruct(self, feat: Tensor, x: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ class SRResNet(SRNetwork):
         return ChainRows(*streams)
 
     def graph(self) -> RowGraph:
+        """See `SRNetwork.graph`."""
         graph = RowGraph()
         x = graph.conv([RowGraph.IMAGE], self.conv_first, slope=_SLOPE)
         for block in self.recon_trunk:

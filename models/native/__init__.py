@@ -44,11 +44,10 @@ _MOST_FLOAT_INPUTS = 32
 
 def fused_encoder(network: SRNetwork, dtype: torch.dtype = torch.float32) -> Encoder:
     """``network.fused(dtype)``, or the same by the compiled kernels where they are faster."""
-    graph = network.graph()
-    on_cpu = next(network.parameters()).device.type == "cpu"
-    if graph is None or not on_cpu or (kernels := library()) is None:
+    if next(network.parameters()).device.type != "cpu" or (kernels := library()) is None:
         return network.fused(dtype)
-    if dtype == torch.float32 and graph.most_inputs > _MOST_FLOAT_INPUTS:
+    graph = network.graph()
+    if graph is None or (dtype == torch.float32 and graph.most_inputs > _MOST_FLOAT_INPUTS):
         return network.fused(dtype)
     try:
         encoder = NativeRows(kernels, graph, dtype)

@@ -168,6 +168,24 @@ class Library:
         check_tensor("out_BOHW", out_BOHW, torch.float32, (batch, outputs, H, W))
         if skip is not None:
             skip.check((batch, outputs), grid)
+        job = self._job(mlps, feat_BChw, grid, skip)
+        tasks = h * -(-w // self._segment)
+        for image in range(batch):
+            job.feat, job.out = _address(feat_BChw, image), _address(out_BOHW, image)
+            if skip is not None:
+                job.classes = _address(skip.classes_BHW, image)
+                job.enlarged.lr = _address(skip.lr_BOhw, image)
+            job.next = 0
+            self._run(self._work, job, min(torch.get_num_threads(), tasks))
+            if job.next < tasks:
+                raise MemoryError("CPU kernels: not enough memory for a few rows")
+        return 2 * int(job.macs)
+
+    def _job(
+        self, mlps: Sequence[NativeMLP], feat_BChw: Tensor, grid: PixelGrid, skip: Skip | None
+    ) -> _Job:
+        """What is common to all images of a batch; it keeps the tables whose addresses it holds."""
+        (h, w), (H, W) = (grid.rows.lr_len, grid.cols.lr_len), grid.out_size
         columns = self._columns
         if columns is None or columns.axis is not grid.cols:
             self._columns = columns = _Columns(grid.cols, self._segment)
@@ -179,7 +197,7 @@ class Library:
         job = _Job(
             h=h,
             w=w,
-            channels=channels,
+            channels=feat_BChw.shape[1],
             H=H,
             W=W,
             scale=grid.integer_scale or 0,
@@ -192,23 +210,15 @@ class Library:
             mlps=len(mlps),
             mlp=structures,
         )
+        job.kept = [tables, first_out, columns]
         if skip is not None:
             rows = _Sides.of(grid.rows)
+            job.kept.append(rows)
             job.gain = skip.gain_O.data_ptr()
             job.enlarged.row_stride = skip.lr_BOhw.stride(2)
             job.enlarged.channel_stride = skip.lr_BOhw.stride(1)
             job.enlarged.rows, job.enlarged.cols = rows, columns.sides
-        tasks = h * -(-w // self._segment)
-        for image in range(batch):
-            job.feat, job.out = _address(feat_BChw, image), _address(out_BOHW, image)
-            if skip is not None:
-                job.classes = _address(skip.classes_BHW, image)
-                job.enlarged.lr = _address(skip.lr_BOhw, image)
-            job.next = 0
-            self._run(self._work, job, min(torch.get_num_threads(), tasks))
-            if job.next < tasks:
-                raise MemoryError("CPU kernels: not enough memory for a few rows")
-        return 2 * int(job.macs)
+        return job
 
     def run_rows(self, run: ctypes.Structure) -> None:
         """Rows through a network, see `models.native.rows`."""

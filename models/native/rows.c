@@ -32,6 +32,7 @@
 enum { MARGIN = 16 };
 enum { NO_ACTIVATION, RELU, SLOPES };
 enum { IN_FLOAT, TO_HALF, IN_HALF }; /* kinds of steps */
+
 typedef struct {
     int32_t channels;
     int32_t rows; /* that the ring holds; 0 for the last one, whose rows go to the output */
