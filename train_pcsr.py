@@ -21,10 +21,4 @@ if __name__ == "__main__":
         "stands.",
         "python train_pcsr.py --config configs/tiny-pcsr-phase0.yaml",
     )
-    parser.add_argument(
-        "--init",
-        metavar="PATH",
-        help="Phase 1: checkpoint of phase 0 to start from. Default: the config's `init`, else "
-        "the weights of the phase 0 config of the same name.",
-    )
     run(lambda: main(parser, check))

@@ -28,6 +28,7 @@ from engine.inference_words import add_json_word
 from engine.restore import PcsrRestorer
 from engine.timing import TimedRouting, measure_times
 from models.routing import FixedRouting
+from utils.allocator import keep_freed_blocks
 from utils.atomic import write_text
 from utils.cli import Parser, add_device_words, check_device_words, positive_int, run
 from utils.device import pick_device
@@ -123,6 +124,7 @@ def main() -> int:
     """Measure, print a table, write the file; 1 where the budgets were missed by too much."""
     args = parse_arguments()
     set_up()
+    keep_freed_blocks()
     device = pick_device(args.device, args.gpu)
     if args.threads:
         torch.set_num_threads(args.threads)

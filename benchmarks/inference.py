@@ -33,6 +33,7 @@ from benchmarks.measure import Bench, product_peak
 from benchmarks.report import LEGEND, Row, growth_table
 from engine.budget import OriginalCost
 from engine.inference_words import add_json_word, output_file
+from utils.allocator import keep_freed_blocks
 from utils.atomic import write_text
 from utils.cli import Parser, add_device_words, check_device_words, positive_int, run
 from utils.device import pick_device, resolve_precision
@@ -149,6 +150,7 @@ def main() -> None:
     args = parse_arguments()
     _check(args)
     set_up()
+    keep_freed_blocks()
     device = pick_device(args.device, args.gpu)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from benchmarks.cases import SCALE, Case, Networks, Size, Source, encoder_time_s, picture, shown
 from benchmarks.report import Row, add_ratios, figures_table, ratios_table
 from engine.restore import PcsrRestorer, Restored
+from utils.allocator import keep_freed_blocks
 from utils.cli import one_line
 from utils.errors import UserError
 from utils.machine import Timer, describe, peak_memory_bytes, reset_peak_memory
@@ -99,6 +100,7 @@ def peak_memory(job: MemoryJob) -> int | None:
 def _run_once(job: MemoryJob) -> int | None:
     # What there is to warn of is said by the process that takes the times.
     logging.disable(logging.WARNING)
+    keep_freed_blocks()
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     runner = Networks(job.source, device).runner(job.case)

@@ -115,8 +115,9 @@ def _add_choices(parser: Parser) -> None:
     add("--backbone", BACKBONES, ["carn"], "Networks.")
     add("--phase", (0, 1), [0, 1], "Phases of training.")
     add("--precision", ("fp32", "bf16"), ["fp32"], "Of our step; the reference runs in fp32.")
-    compiles = ("none", "default", "graphs")
-    add("--compile", compiles, ["none"], "Of our step: torch.compile, CUDA graphs.")
+    compiles = ("none", "default", "graphs", "capture")
+    text = "Of our step: torch.compile, the same with its CUDA graphs, a CUDA graph alone."
+    add("--compile", compiles, ["none"], text)
     add("--cache", CACHES, list(CACHES), "Of our samples; whole runs take the last.")
 
 

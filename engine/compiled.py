@@ -21,19 +21,23 @@ def compiled(objective: nn.Module, mode: str, device: torch.device) -> Objective
 
     Args:
         objective: takes (lr, hr), returns losses by name.
-        mode: "none", "default" or "graphs": the config's `compile`.
+        mode: the config's `compile`: "none", "capture" (see `engine.captured`), "default" or
+            "graphs".
         device: where it computes.
 
     Returns:
-        takes and returns what `objective` does; None for the mode "none".
+        takes and returns what `objective` does; None where nothing is to be compiled.
 
     Raises:
-        UserError: "graphs" on a device that has none; at the first call: there is no compiler.
+        UserError: CUDA graphs on a device that has none; at the first call: there is no compiler.
     """
-    if mode == "none":
+    if mode in ("graphs", "capture") and device.type != "cuda":
+        raise UserError(
+            f"config: `compile: {mode}` is for CUDA GPUs: on `{device.type}` take `none` or "
+            f"`default`"
+        )
+    if mode in ("none", "capture"):
         return None
-    if mode == "graphs" and device.type == "cpu":
-        raise UserError("config: `compile: graphs` is for GPUs: on a CPU take `none` or `default`")
     torch.compiler.assume_constant_result(remembered_grid)
     run = torch.compile(objective, mode=_MODES[mode])
 

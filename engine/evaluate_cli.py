@@ -20,6 +20,7 @@ from engine.restore import Patches
 from engine.samples import EvaluationSet, ImagePaths
 from engine.sharing import PATIENCE, shared_out
 from models.inference import PATCH_BATCH_SIZE
+from utils.allocator import keep_freed_blocks
 from utils.checkpoint import find_weights
 from utils.cli import (
     Parser,
@@ -146,6 +147,7 @@ def main(parser: Parser, prepare: Prepare) -> int:
     check_device_words(args)
     with world(args.device, args.gpu, patience=PATIENCE) as current:
         set_up(main=current.is_main)
+        keep_freed_blocks()
         request, subject, images = together(lambda: _load(args, prepare, current.device))
         about = _about(request, subject, images)
         write = _write if current.is_main else _leave_out

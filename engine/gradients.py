@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from engine.batch_norm import synchronise_batch_norm, uses_batch_statistics
+from engine.captured import CapturedStep, Compute, Step
 from engine.microbatches import Meeting
 from utils.distributed import World, sum_over_ranks
 from utils.errors import UserError
@@ -43,6 +44,8 @@ class BatchGradients:
         rounds: parts that a batch is computed in one after another, each cut into micro-batches.
         clip: the largest norm of the gradient over all parameters; None for any.
         run: what to call in place of `objective`: itself, compiled.
+        capture: compute by CUDA graphs (see `engine.captured`); for one process on a GPU, and a
+            batch that is computed as a whole.
 
     Raises:
         UserError: rounds that do not divide the batch, or that batch norm has no way to go.
@@ -60,7 +63,9 @@ class BatchGradients:
         rounds: int = 1,
         clip: float | None = None,
         run: Objective | None = None,
+        capture: bool = False,
     ) -> None:
+        self._compute: Compute = CapturedStep(self._computed) if capture else self._computed
         self._objective: Objective = run or objective
         self._parameters = list(parameters)
         self._precision = precision
@@ -131,12 +136,20 @@ class BatchGradients:
             torch.set_num_threads(1)
 
     def _whole(self, lr: Tensor, hr: Tensor) -> Losses:
+        losses, grads = self._compute(lr, hr)
+        for parameter, grad in zip(self._parameters, grads, strict=True):
+            parameter.grad = grad
+        return losses
+
+    def _computed(self, lr: Tensor, hr: Tensor) -> Step:
+        """Losses and gradients of a batch as a whole."""
         for parameter in self._parameters:
             parameter.grad = None
         with torch.autocast(lr.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             losses = self._objective(lr, hr)
         losses["loss"].backward()
-        return {name: value.detach() for name, value in losses.items()}
+        grads = [parameter.grad for parameter in self._parameters]
+        return {name: value.detach() for name, value in losses.items()}, grads
 
     def _summed(self, lr: Tensor, hr: Tensor) -> Losses:
         """The gradient as the sum of that of all rounds, micro-batches and ranks."""

@@ -61,7 +61,8 @@ class RoutingObjective(nn.Module):
         sr, probs_BMHW = self.model.mixture(lr, (hr.shape[-2], hr.shape[-1]))
         loss_rgb = F.l1_loss(sr.float(), hr)
         load_M = differentiable_sum_over_batch(probs_BMHW.sum(dim=(0, 2, 3)))
-        pixels = load_M.new_tensor(float(probs_BMHW[:, 0].numel()))
+        # Made on the device: from the host it could not be part of a CUDA graph.
+        pixels = load_M.new_full((), float(probs_BMHW[:, 0].numel()))
         target = sum_over_batch(pixels) / len(load_M)
         loss_avg = ((load_M - target).abs() / target).mean()
         return {

@@ -19,7 +19,7 @@ class TrainOptions:
     Attributes:
         save_dir: folder of the run.
         resume: "auto" (continue where `save_dir` stands), "never", or a checkpoint's path.
-        init: phase 1: the phase 0 weights to start from; None for the config's.
+        init: the weights to start from; None for the config's.
     """
 
     save_dir: Path
@@ -35,7 +35,7 @@ class Start:
         iteration: iterations done.
         seed: of weights and samples.
         path: where `checkpoint` is from; None where there is none.
-        checkpoint: the run's own, to continue it; or, at iteration 0 of phase 1, phase 0's.
+        checkpoint: the run's own, to continue it; or, at iteration 0, whose weights to begin with.
         resumes: which of the two.
     """
 
@@ -66,12 +66,12 @@ def find_start(config: Config, options: TrainOptions) -> Start:
     if found is not None:
         return _resumed(config, *found)
     seed = secrets.randbits(31) if config.seed is None else config.seed
-    if config.phase == 1:
-        path = phase0_weights(config, options)
-        checkpoint = load_checkpoint(path)
-        check_same_model(config.model, checkpoint["model"], path)
-        return Start(0, seed, path, checkpoint)
-    return Start(0, seed)
+    path = _weights_to_begin_with(config, options)
+    if path is None:
+        return Start(0, seed)
+    checkpoint = load_checkpoint(path)
+    check_same_model(config.model, checkpoint["model"], path)
+    return Start(0, seed, path, checkpoint)
 
 
 def is_complete(config: Config, options: TrainOptions, start: Start) -> bool:
@@ -84,15 +84,24 @@ def is_complete(config: Config, options: TrainOptions, start: Start) -> bool:
     return config.valid_dataset is None or has_validation(metrics, start.iteration)
 
 
-def phase0_weights(config: Config, options: TrainOptions) -> Path:
-    """Where phase 1 starts: ``--init``, the config's `init`, or the phase 0 config's weights.
+def _weights_to_begin_with(config: Config, options: TrainOptions) -> Path | None:
+    """``--init`` or the config's `init`; else phase 0's for phase 1, and none for others.
 
     Raises:
-        UserError: there are none.
+        UserError: phase 1, and there are none.
     """
     named = options.init or config.init
     if named is not None:
         return Path(named).expanduser()
+    return phase0_weights(config, options) if config.phase == 1 else None
+
+
+def phase0_weights(config: Config, options: TrainOptions) -> Path:
+    """The weights of the phase 0 config that goes with a phase 1 config.
+
+    Raises:
+        UserError: there are none.
+    """
     name = config.name.replace("phase1", "phase0")
     if name == config.name:
         raise UserError(

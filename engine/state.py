@@ -105,7 +105,8 @@ class TrainState:
 
     def _load(self, start: Start, checkpoint: Mapping[str, Any], path: Path) -> None:
         if not start.resumes:
-            load_phase0(self.model, weights_for_inference(checkpoint), path)
+            load = load_weights if self._config.phase is None else load_phase0
+            load(self.model, weights_for_inference(checkpoint), path)
             if self.ema is not None:
                 self.ema.restart()
             return

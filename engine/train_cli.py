@@ -32,6 +32,12 @@ def make_parser(description: str, example: str) -> Parser:
         help="auto continues the run in the folder, never starts anew (the run that is there is "
         "kept in before-<time>/), a path continues from that checkpoint.",
     )
+    parser.add_argument(
+        "--init",
+        metavar="PATH",
+        help="Weights that a new run starts from. Default: the config's `init`; else, for phase 1, "
+        "the weights of the phase 0 config of the same name.",
+    )
     return parser
 
 
@@ -53,7 +59,7 @@ def main(parser: Parser, check: Callable[[Config], None]) -> int:
         options = TrainOptions(
             save_dir=save_dir,
             resume=resume,
-            init=getattr(args, "init", None),
+            init=args.init,
         )
         return train(config, options, current)
 

@@ -150,11 +150,12 @@ class Trainer:
             self.state.trained,
             world=self.world,
             batch_size=self.data.batch_size,
-            microbatches=config.microbatches if run is None else 1,
+            microbatches=config.microbatches if config.compile == "none" else 1,
             precision=config.precision,
             rounds=config.accumulate,
             clip=config.grad_clip,
             run=run,
+            capture=config.compile == "capture",
         )
 
     # The loop

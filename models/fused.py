@@ -50,7 +50,7 @@ class FusedEngine(FastEngine):
         dtype: of convolutions and products: float32, bfloat16 or float16. Images, margins,
             geometry and sums are float32. So are float32 products up to rounding: matrix units
             compute them in three parts of tf32.
-        encoder: see :class:`FastEngine`.
+        encoder: see :class:`FastEngine`; by default, too, it is of fused kernels.
 
     Raises:
         UserError: the kernels do not run on the model's device, or not correctly.
@@ -68,10 +68,12 @@ class FusedEngine(FastEngine):
         reason = kernels.why_unavailable(device)
         if reason is not None:
             raise UserError(f"fused kernels on device `{device}`: {reason}")
+        encoder = encoder or kernels.fused_encoder(model.encoder, dtype)
         super().__init__(model, run_px=run_px, dtype=dtype, encoder=encoder)
-        piece = largest_piece(dtype, device)
 
         def pack(sampler: LIIFSampler, margins: bool = False) -> KernelMLP:
+            width = max(layer.out_features for layer in sampler.imnet.linears)
+            piece = largest_piece(dtype, device, width)
             return KernelMLP.pack(sampler, dtype, largest_piece=piece, margins=margins)
 
         self.upsampler_mlps = [pack(sampler) for sampler in model.upsamplers]

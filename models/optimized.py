@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models import native
+from models import kernels, native
 from models.backbones.base import SRNetwork
 from models.fuse import fused_copy
 
@@ -19,7 +19,8 @@ class OptimizedOriginal:
     def __init__(self, model: SRNetwork, dtype: torch.dtype = torch.float32) -> None:
         self.norm = model.norm
         self.dtype = dtype
-        self.features = native.fused_encoder(model, dtype)
+        fused_encoder = (kernels if self.norm.mean.is_cuda else native).fused_encoder
+        self.features = fused_encoder(model, dtype)
         self.tail = fused_copy(model).to(dtype)
 
     @torch.inference_mode()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models import kernels
 from models.native import library
 from models.native.bindings import Library
 from models.native.passes import refine_rows
@@ -49,8 +50,22 @@ def _refine_into(out_B3rW: Tensor, pieces: Sequence[tuple[Tensor, Tensor]], firs
         if kernels is not None and in_order and not needs_grad and _are_right(kernels):
             refine_rows(kernels, pieces, first, out_B3rW)
             return
-    refined = _plainly_refined(torch.cat(predictions, dim=2), torch.cat(classes, dim=1))
+    prediction, of_pixels = predictions[0], classes[0]
+    if len(pieces) > 1:
+        prediction, of_pixels = torch.cat(predictions, dim=2), torch.cat(classes, dim=1)
+    if out_B3rW.dtype == torch.float32 and not torch.is_grad_enabled() and _by_kernel(out_B3rW):
+        from models.kernels.refine import refine_rows as refine_on_gpu  # needs Triton
+
+        refine_on_gpu(prediction.contiguous(), of_pixels.contiguous(), first, out_B3rW)
+        return
+    refined = _plainly_refined(prediction, of_pixels)
     out_B3rW.copy_(refined[:, :, first : first + out_B3rW.shape[2]])
+
+
+def _by_kernel(out_B3rW: Tensor) -> bool:
+    """Whether the GPU kernel can write this."""
+    device = out_B3rW.device
+    return device.type != "cpu" and out_B3rW.stride(-1) == 1 and kernels.available(device)
 
 
 @functools.cache

@@ -29,6 +29,8 @@ _LLOYD_STEPS = 19
 _LLOYD_TOLERANCE = 1e-4
 _SCORE_BINS = 2**16
 _CHUNK_PIXELS = 2**20
+# Elsewhere than on a CPU: what a chunk starts costs as much as a million pixels.
+_DEVICE_CHUNK_PIXELS = 2**24
 # Of an image of 2560x1600; 16 MB.
 KEPT_SCORES = 2**22
 
@@ -138,7 +140,8 @@ class AdaptiveRouting:
         scores = HeavyScores(margins_BKHW)
         threshold = lloyd_threshold(*scores.histogram().cpu().numpy())
         classes = _all_light(margins_BKHW)
-        for chunk, of_chunk in zip(classes.view(-1).split(_CHUNK_PIXELS), scores, strict=True):
+        chunks = classes.view(-1).split(_chunk_pixels(classes))
+        for chunk, of_chunk in zip(chunks, scores, strict=True):
             torch.gt(of_chunk, threshold, out=chunk.view(torch.bool))
         return classes
 
@@ -174,7 +177,7 @@ class HeavyScores:
         return iter(self._kept)
 
     def _computed(self) -> Iterator[Tensor]:
-        for chunk in self._margins.split(_CHUNK_PIXELS):
+        for chunk in self._margins.split(_chunk_pixels(self._margins)):
             yield chunk.float().sigmoid().sub_(self._low).div_(self._span).clamp_(0, 1)
 
     def histogram(self) -> Tensor:
@@ -190,6 +193,10 @@ class HeavyScores:
             histogram[0].index_add_(0, bins, one.expand(len(bins)))
             histogram[1].index_add_(0, bins, chunk.double())
         return histogram
+
+
+def _chunk_pixels(like: Tensor) -> int:
+    return _CHUNK_PIXELS if like.device.type == "cpu" else _DEVICE_CHUNK_PIXELS
 
 
 def lloyd_threshold(counts: NDArray[np.float64], sums: NDArray[np.float64]) -> float:

@@ -75,7 +75,8 @@ class RowGraph:
         channels = [self.channels_of(source) for source in sources]
         weights = (weight,) if len(sources) == 1 else weight.split(channels, dim=1)
         bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().float()
-        slope_C = torch.as_tensor(slope, dtype=torch.float32).expand(len(weight))
+        slope_C = torch.as_tensor(slope, dtype=torch.float32, device=weight.device)
+        slope_C = slope_C.expand(len(weight))
         step = Sum(tuple(sources), weights, conv.groups, bias, added, slope_C)
         self.steps.append(step)
         return len(self.steps) - 1

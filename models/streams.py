@@ -210,3 +210,35 @@ def sequential_rows(layers: Sequence[nn.Module]) -> ChainRows:
 def push_whole(stream: RowStream, x: Tensor) -> Tensor:
     """(B, C, h, w) through a new stream at once: (B, C', h, w), channels-last in memory."""
     return stream.push(x.permute(0, 2, 3, 1).contiguous(), last=True).permute(0, 3, 1, 2)
+
+
+class HaloRows:
+    """Runs of rows through a network that takes images: what the borders of a run lack is kept.
+
+    Rows near the border of two runs are computed for both, twice the radius for each run.
+
+    Args:
+        network: (B, C, h, w) to (B, C', h, w); a row of its output depends on `radius` rows of the
+            input above and below, and on zeros beyond the image in every layer.
+        radius: in rows.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], radius: int) -> None:
+        self._network = network
+        self._radius = radius
+        self._kept: Tensor | None = None
+        # Of the kept rows, how many have their output already.
+        self._done = 0
+
+    def push(self, rows: Tensor, last: bool) -> Tensor:
+        if self._kept is not None:
+            rows = torch.cat([self._kept, rows], dim=1)
+        ready = rows.shape[1] - (0 if last else self._radius)
+        if ready <= self._done:
+            self._kept = rows
+            return rows[:, :0]
+        out = self._network(rows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        found = out[:, self._done : ready].contiguous()
+        above = max(0, ready - self._radius)
+        self._kept, self._done = rows[:, above:].clone(), ready - above
+        return found

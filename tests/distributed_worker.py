@@ -28,9 +28,11 @@ from utils.log import set_up
 def every_kind(folder: Path, current: World) -> int:
     """All models, both phases; validation once; and at last what every rank finds wrong."""
     for kind in KINDS:
-        init = folder / "one" / kind.replace("phase1", "phase0") / LAST_NAME
+        init = None
+        if kind.endswith("phase1"):
+            init = str(folder / "one" / kind.replace("phase1", "phase0") / LAST_NAME)
         config = make_config(kind, folder / "pictures", iter_max=4, iter_save=2)
-        run(config, folder / "two" / kind, current, init=str(init))
+        run(config, folder / "two" / kind, current, init=init)
     init = folder / "one" / "fsrcnn-phase0" / LAST_NAME
     config = make_config("fsrcnn-phase1", folder / "pictures", iter_max=4, iter_save=2, **KEYS)
     run(config, folder / "two" / "keys", current, init=str(init))

@@ -16,6 +16,7 @@ import torch
 
 import models
 from models import kernels
+from models.backbones.base import SRNetwork
 from models.grid import PixelGrid
 from models.inference import SRResult, super_resolve, super_resolve_patches
 from models.pcsr import PCSR
@@ -251,12 +252,22 @@ def test_patches() -> None:
     torch.testing.assert_close(fused.sr, reference.sr, rtol=0, atol=1e-5)
 
 
-@on_device
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype) -> None:
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def skip_bf16_in_the_interpreter(dtype: torch.dtype) -> None:
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter takes the bits of bf16 for integers in products")
-    model = make_model(*LIGHT_AND_HEAVY)
+
+
+@on_device
+@HALVES
+@pytest.mark.parametrize(
+    "heavy", [(21, 20, 19), (74, 74, 74), (70, 130)], ids=["one piece", "several", "wide"]
+)
+def test_half_precision(dtype: torch.dtype, heavy: tuple[int, ...]) -> None:
+    skip_bf16_in_the_interpreter(dtype)
+    model = make_model((5,), heavy)
     lr = torch.rand(1, 3, 9, 7)
     reference, fused = run_both(model, lr, (18, 14), FixedRouting(-1), dtype=dtype)
     assert fused.sr.dtype == torch.float32
@@ -305,3 +316,130 @@ def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "apply_mlp", apply_wrongly)
     with pytest.raises(UserError, match="margins are wrong"):
         fused.FusedEngine(model)
+
+
+BACKBONES = {
+    "fsrcnn": {"d": 20, "s": 6, "m": 2},
+    "carn": {"nf": 24},
+    "srresnet": {"nf": 16, "nb": 2},
+}
+
+
+def make_backbone(name: str) -> SRNetwork:
+    """A small backbone on the device, its batch norm not trivial."""
+    torch.manual_seed(0)
+    network = models.make({"name": name, "args": {**BACKBONES[name], "no_upsampling": True}})
+    assert isinstance(network, SRNetwork)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return network.eval().to(DEVICE)
+
+
+@on_device
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("lr_size", [(7, 19), (1, 1), (1, 5), (6, 1)])
+def test_backbones(name: str, lr_size: tuple[int, int]) -> None:
+    from models.kernels.encoder import GraphEncoder
+
+    network = make_backbone(name)
+    x = torch.rand(2, 3, *lr_size, device=DEVICE)
+    graph = network.graph()
+    assert graph is not None
+    with torch.inference_mode():
+        expected = network(x)
+        features = GraphEncoder(graph)(x)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    assert (features - expected).norm() < 2e-6 * expected.norm()
+
+
+@on_device
+@HALVES
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    from models.kernels.encoder import GraphEncoder
+
+    skip_bf16_in_the_interpreter(dtype)
+    network = make_backbone(name)
+    x = torch.rand(1, 3, 7, 19, device=DEVICE)
+    graph = network.graph()
+    assert graph is not None
+    with torch.inference_mode():
+        expected = network(x)
+        features = GraphEncoder(graph, dtype)(x)
+    assert features.dtype == dtype
+    assert 0 < (features.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@on_device
+@pytest.mark.parametrize("runs", [(40,), (1, 39), (13, 9, 18), (5,) * 8])
+def test_backbones_take_rows_as_they_come(runs: tuple[int, ...]) -> None:
+    from models.kernels.encoder import GraphEncoder
+
+    graph = make_backbone("fsrcnn").graph()
+    assert graph is not None
+    encoder = GraphEncoder(graph)
+    x = torch.rand(1, 3, 40, 6, device=DEVICE)
+    with torch.inference_mode():
+        stream = encoder.stream()
+        assert stream is not None
+        found = []
+        for index, rows in enumerate(x.permute(0, 2, 3, 1).split(runs, dim=1)):
+            found.append(stream.push(rows.contiguous(), last=index == len(runs) - 1))
+        whole = torch.cat([rows for rows in found if rows.shape[1]], dim=1).permute(0, 3, 1, 2)
+        torch.testing.assert_close(whole, encoder(x), rtol=0, atol=1e-6)
+
+
+@on_device
+def test_the_engine_runs_backbones_by_kernels() -> None:
+    from models.fused import FusedEngine
+    from models.kernels.encoder import GraphEncoder
+
+    assert isinstance(FusedEngine(make_model(*LIGHT_AND_HEAVY)).encoder, GraphEncoder)
+
+
+@on_device
+def test_wrong_backbones_are_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from models.kernels import encoder
+
+    apply_sum = encoder.apply_sum
+
+    def apply_wrongly(packed: Any, sources: Any, *args: Any) -> None:
+        apply_sum(packed, [source.flip(-2) for source in sources], *args)
+
+    monkeypatch.setattr(encoder, "apply_sum", apply_wrongly)
+    network = make_backbone("fsrcnn")
+    found = kernels.fused_encoder(network)
+    assert not isinstance(found, encoder.GraphEncoder)
+    assert "their features are wrong" in caplog.text
+
+
+@on_device
+def test_split_numbers_are_as_exact_as_float32() -> None:
+    from models.kernels.conv import split
+
+    x = torch.randn(1000) * torch.logspace(-3, 4, 1000)
+    high, low = split(x).double()
+    assert ((high + low / 2048 - x).abs() <= 2**-21 * x.abs() + 2**-35).all()
+
+
+@on_device
+@pytest.mark.parametrize("size", [(40, 31), (3, 3), (2, 9), (5, 2), (1, 1)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_refinement(size: tuple[int, int], first: int) -> None:
+    from models.kernels.refine import refine_rows
+    from models.refinement import _plainly_refined
+
+    torch.manual_seed(0)
+    prediction = torch.rand(2, 3, *size, device=DEVICE)
+    classes = torch.randint(3, (2, *size), device=DEVICE, dtype=torch.uint8)
+    rows = max(0, size[0] - first)
+    whole = torch.full((2, 3, rows + 2, size[1]), float("nan"), device=DEVICE)
+    refine_rows(prediction, classes, first, whole[:, :, 1 : rows + 1])
+    expected = _plainly_refined(prediction, classes)[:, :, first:]
+    torch.testing.assert_close(whole[:, :, 1 : rows + 1], expected, rtol=0, atol=1e-6)
+    assert whole[:, :, [0, -1]].isnan().all()

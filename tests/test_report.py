@@ -60,7 +60,7 @@ def test_lines_of_released_metrics() -> None:
     assert [name for name, _, _ in released.validation("psnr")] == ["x4 k0", "x4 heavy"]
     assert released.keys("loss_") == ["loss_rgb", "loss_gain"]
     (name, iterations, values), *_ = released.train("loss_rgb", "grad_norm")
-    assert (name, iterations[-1], len(iterations)) == ("loss_rgb", 3000, len(values))
+    assert (name, iterations[-1], len(iterations)) == ("loss_rgb", 5090, len(values))
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(report, tmp_path) -> None:

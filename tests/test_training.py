@@ -126,6 +126,40 @@ def test_phase1_starts_where_init_says(pictures: Path, tmp_path: Path, phase0: A
         run(unnamed, tmp_path / "c")
 
 
+@pytest.mark.parametrize("kind", ["carn", "carn-phase0"])
+def test_every_training_starts_where_init_says(kind: str, pictures: Path, tmp_path: Path) -> None:
+    run(make_config(kind, pictures, iter_max=2), tmp_path / "first")
+    still = {"name": "adam", "args": {"lr": 1e-12}}
+    config = make_config(kind, pictures, iter_max=1, seed=1, optimizer=still)
+    run(config, tmp_path / "second", init=str(tmp_path / "first" / LAST_NAME))
+    before, after = (checkpoint_of(tmp_path / name) for name in ("first", "second"))
+    assert (before["iter"], after["iter"]) == (2, 1)
+    for name, value in before["model"]["sd"].items():
+        # Those of batch norm move, whatever the rate.
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(after["model"]["sd"][name], value, rtol=0, atol=1e-9)
+
+
+def test_phase0_starts_from_a_phase1(pictures: Path, tmp_path: Path, phase0: Any) -> None:
+    before = checkpoint_of(phase0("carn-phase1"))["model"]["sd"]
+    run(make_config("carn-phase1", pictures, iter_max=1), tmp_path / "carn-phase1")
+    still = {"name": "adam", "args": {"lr": 1e-12}}
+    config = make_config("carn-phase0", pictures, iter_max=1, optimizer=still)
+    run(config, tmp_path / "again", init=str(tmp_path / "carn-phase1" / LAST_NAME))
+    after = checkpoint_of(tmp_path / "again")["model"]["sd"]
+    assert after.keys() == before.keys()
+    name = "heavy_sampler.imnet.layers.0.weight"
+    torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-9)
+
+
+def test_originals_refuse_other_models_weights(pictures: Path, tmp_path: Path) -> None:
+    run(make_config("fsrcnn", pictures, iter_max=1), tmp_path / "first")
+    with pytest.raises(UserError, match="holds `fsrcnn`, the config asks for `carn`"):
+        weights = str(tmp_path / "first" / LAST_NAME)
+        run(make_config("carn", pictures), tmp_path / "second", init=weights)
+    assert not (tmp_path / "second").exists()
+
+
 def test_phase1_refuses_another_models_phase0(pictures: Path, tmp_path: Path, phase0: Any) -> None:
     config = make_config("carn-phase1", pictures)
     with pytest.raises(

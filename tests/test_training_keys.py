@@ -158,7 +158,7 @@ def test_adam_is_fused_unless_the_config_says_otherwise() -> None:
 def test_compiling_is_refused_in_one_line_where_it_cannot_be(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="`compile: graphs` is for GPUs"):
+    with pytest.raises(UserError, match="`compile: graphs` is for CUDA GPUs"):
         run(make_config("fsrcnn", pictures, compile="graphs"), tmp_path)
     with pytest.raises(UserError, match="`compile` and `microbatches` do not go together"):
         run(make_config("fsrcnn", pictures, compile="default", microbatches=2), tmp_path)

@@ -75,7 +75,8 @@ class Config:
         iter_save_s: save at least this often, in seconds; None for `iter_save` alone.
         scale: the original network's scale.
         seed: of weights and samples; None draws one.
-        init: phase 1's starting weights; None for the phase 0 config's.
+        init: weights that a new run starts from; None for random ones, in phase 1 for the phase 0
+            config's.
         precision: "fp32" or "bf16" (autocast) arithmetic in training.
         channels_last: memory layout of the convolutions in training.
         microbatches: on the CPU, pieces that a batch is cut into, one thread each; None for 4
@@ -86,7 +87,8 @@ class Config:
         warmup: iterations in which the learning rate grows to that of `lr_scheduler`.
         nan_skip: updates in a row that are left out where loss or gradient is not finite, before
             the run stops; 0 stops at once.
-        compile: "none", "default" (torch.compile) or "graphs" (CUDA graphs).
+        compile: "none", "default" (torch.compile), "graphs" (the same, with its CUDA graphs) or
+            "capture" (a CUDA graph of the step, without a compiler).
         keep_last: checkpoints to keep: iter_last.pth and those before it.
         raw: the whole config as read, overrides applied.
     """
@@ -131,7 +133,7 @@ _CHOICES = {
     "phase": (0, 1),
     "psnr_type": ("rgb", "y"),
     "precision": ("fp32", "bf16"),
-    "compile": ("none", "default", "graphs"),
+    "compile": ("none", "default", "graphs", "capture"),
 }
 _AT_LEAST_ONE = (
     "patch_size",

@@ -13,6 +13,7 @@ from benchmarks.results.quality import measure_bicubic, measure_subject
 from benchmarks.results.speed import measure_speed
 from benchmarks.results.subjects import SETS, SUBJECTS, Subject, chosen
 from benchmarks.results.target import target_text
+from utils.allocator import keep_freed_blocks
 from utils.cli import (
     EXIT_USER_ERROR,
     Parser,
@@ -90,6 +91,7 @@ def main() -> int:
     args = make_parser().parse_args()
     check_device_words(args)
     set_up()
+    keep_freed_blocks()
     failed = _measure(args) if "measure" in args.steps else []
     if "render" in args.steps:
         for path in render():

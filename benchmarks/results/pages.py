@@ -35,8 +35,10 @@ from utils.run_metrics import METRICS_NAME, read_rows
 
 README = ROOT / "README.md"
 CARD = ROOT / "save" / "README.md"
-# Device and processes, in the log line that a run starts with.
-_STARTED = re.compile(r"^\d{4}\S* \S+ \S+ on (\S+) x (\d+), ", re.MULTILINE)
+# Device, processes and iterations, in the log line that a run starts with.
+_STARTED = re.compile(
+    r"^\d{4}\S* \S+ \S+ on (\S+) x (\d+), .* iterations (\d+) to (\d+)$", re.MULTILINE
+)
 
 _HEAD = """# Results
 
@@ -166,7 +168,9 @@ def _training_line(name: str) -> list[str]:
     )
     assert config.train_dataset is not None and config.optimizer is not None
     log = (folder / "release.log.txt").read_text(encoding="utf-8")
-    places = sorted({(match[1], match[2]) for match in _STARTED.finditer(log)})
+    starts_logged = list(_STARTED.finditer(log))
+    # A start at the end trains nothing: it only validates.
+    places = sorted({(match[1], match[2]) for match in starts_logged if match[3] != match[4]})
     return [
         f"`{name}`",
         str(trained[-1]["iteration"] if trained else 0),

@@ -24,6 +24,7 @@ from engine.inference_words import routing_from
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.sharing import PATIENCE, shared_out
+from utils.allocator import keep_freed_blocks
 from utils.cli import EXIT_USER_ERROR, Parser
 from utils.config import load_config
 from utils.distributed import World, together, world
@@ -66,6 +67,7 @@ def main(parser: Parser) -> int:
     check_words(parser, args)
     with world(args.device, args.gpu, patience=PATIENCE) as current:
         set_up(main=current.is_main)
+        keep_freed_blocks()
         inputs, subject = together(lambda: _prepare(args, current.device))
         if current.is_main:
             print(subject.heading, flush=True)

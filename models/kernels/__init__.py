@@ -12,6 +12,9 @@ import os
 
 import torch
 
+from models.backbones.base import SRNetwork
+from models.streams import Encoder
+
 _log = logging.getLogger(__name__)
 
 # The first with matrix units for bf16 and for float32 in parts.
@@ -54,3 +57,34 @@ def _failure(device: torch.device) -> str | None:
         _log.warning("the fused kernels cannot be used, plain torch is: %s", reason[0])
         return reason[0]
     return None if counts == [1, 2] else f"a test kernel counted {counts} instead of [1, 2]"
+
+
+# Of a backbone's features, relative to plain torch.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def fused_encoder(network: SRNetwork, dtype: torch.dtype = torch.float32) -> Encoder:
+    """``network.fused(dtype)``, or the same by the fused kernels where they are made for it.
+
+    Sums and products of float32 are exact up to rounding, whatever PyTorch's convolutions do.
+
+    Raises:
+        RuntimeError, and others of Triton: the kernels do not run.
+    """
+    device = next(network.parameters()).device
+    graph = network.graph()
+    if graph is None or not available(device):
+        return network.fused(dtype)
+    from models.kernels.encoder import GraphEncoder  # needs Triton
+
+    try:
+        encoder = GraphEncoder(graph, dtype)
+    except ValueError:  # they are not made for it
+        return network.fused(dtype)
+    x = torch.rand(1, 3, 7, 19, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        ours, theirs = encoder(x).float().nan_to_num(), graph(x).nan_to_num()
+    if bool((ours - theirs).norm() <= _TOLERANCE[dtype] * theirs.norm()):
+        return encoder
+    _log.warning("fused kernels: their features are wrong; plain torch is used instead")
+    return network.fused(dtype)

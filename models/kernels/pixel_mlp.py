@@ -56,15 +56,24 @@ class ClassPixels:
     index: int
 
 
-def largest_piece(dtype: torch.dtype, device: torch.device) -> int:
-    """The piece size that keeps a layer in registers (see `models.kernels.weights.Pieces`).
+def largest_piece(dtype: torch.dtype, device: torch.device, width: int) -> int | None:
+    """The piece size for layers of `width` units (see `models.kernels.weights.Pieces`).
 
-    In fp32 an operand is split into two parts of tf32. Hopper's matrix units read the weights from
-    shared memory; elsewhere they take registers, and 64 x 64 of them are too many.
+    It keeps a layer in registers. In fp32 an operand is split into two parts of tf32: Hopper's
+    matrix units read the weights from shared memory; elsewhere they take registers, and 64 x 64 of
+    them are too many.
+
+    In half precision on Hopper, layers of several pieces with 64 units among them come out wrong
+    (on an H200, Triton 3.6; elsewhere, in fp32 and in the interpreter they are right). There,
+    pieces of 32 are right, and fast up to 128 units; wider layers are one piece.
     """
-    if dtype != torch.float32 or device.type != "cuda":
+    is_cuda = device.type == "cuda"
+    is_hopper = is_cuda and torch.cuda.get_device_capability(device)[0] == 9
+    if dtype == torch.float32:
+        return 32 if is_cuda and not is_hopper else 64
+    if not is_hopper:
         return 64
-    return 64 if torch.cuda.get_device_capability(device)[0] == 9 else 32
+    return 32 if width <= 128 else None
 
 
 def launch_options(dtype: torch.dtype, width: int) -> dict[str, int]:
@@ -72,11 +81,11 @@ def launch_options(dtype: torch.dtype, width: int) -> dict[str, int]:
 
     Chosen by what `ptxas` reports for compute capability 8.0 and 9.0 at the published widths: no
     register is spilled up to CARN's 80 units, few are at SRResNet's 192, and else there are as
-    many warps as possible. Their speed has not been measured: `benchmarks/kernels.py --tune` does.
+    many warps as possible. Others can be tried with `benchmarks/kernels.py --tune`.
     """
     if dtype == torch.float32:
         return {"BLOCK": 64, "num_warps": 4 if width <= 128 else 8}
-    return {"BLOCK": 128, "num_warps": 4 if width <= 32 else 8}
+    return {"BLOCK": 128 if width <= 128 else 64, "num_warps": 4 if width <= 32 else 8}
 
 
 def apply_mlp(

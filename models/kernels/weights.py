@@ -26,8 +26,13 @@ class Pieces:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, width: int, largest: int) -> "Pieces":
-        """Pieces for at least `width` units: equal ones of at most `largest`, then a smaller."""
+    def of(cls, width: int, largest: int | None) -> "Pieces":
+        """Pieces for at least `width` units: equal ones of at most `largest`, then a smaller.
+
+        Where there is no largest, it is one.
+        """
+        if largest is None:
+            return cls((max(_SMALLEST, _round_up(width)),))
         width = -(-width // _SMALLEST) * _SMALLEST
         size = min(largest, 1 << (width.bit_length() - 1))
         whole, rest = divmod(width, size)
@@ -73,7 +78,12 @@ class KernelMLP:
 
     @classmethod
     def pack(
-        cls, sampler: LIIFSampler, dtype: torch.dtype, *, largest_piece: int, margins: bool = False
+        cls,
+        sampler: LIIFSampler,
+        dtype: torch.dtype,
+        *,
+        largest_piece: int | None,
+        margins: bool = False,
     ) -> "KernelMLP":
         """Pack a sampler's weights.
 
