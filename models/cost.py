@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _CHUNK_PX = 2**17
+# On other devices there is no cache to fit, and starting a chunk costs as much as a million pixels.
+_DEVICE_CHUNK_PX = 2**24
 
 
 @dataclass(frozen=True)
@@ -113,5 +115,6 @@ def count_rows_above(maps_BKHW: Tensor, thresholds_K: Sequence[float]) -> NDArra
 def row_chunks(maps_BKHW: Tensor) -> list[slice]:
     """Slices of rows that hold so many pixels, over all patches, that temporaries stay in cache."""
     patches, _, H, W = maps_BKHW.shape
-    step = max(1, _CHUNK_PX // (patches * W))
+    chunk_px = _CHUNK_PX if maps_BKHW.device.type == "cpu" else _DEVICE_CHUNK_PX
+    step = max(1, chunk_px // (patches * W))
     return [slice(first, first + step) for first in range(0, H, step)]

@@ -33,9 +33,9 @@ def every_kind(folder: Path, current: World) -> int:
             init = str(folder / "one" / kind.replace("phase1", "phase0") / LAST_NAME)
         config = make_config(kind, folder / "pictures", iter_max=4, iter_save=2)
         run(config, folder / "two" / kind, current, init=init)
-    init = folder / "one" / "fsrcnn-phase0" / LAST_NAME
+    init = str(folder / "one" / "fsrcnn-phase0" / LAST_NAME)
     config = make_config("fsrcnn-phase1", folder / "pictures", iter_max=4, iter_save=2, **KEYS)
-    run(config, folder / "two" / "keys", current, init=str(init))
+    run(config, folder / "two" / "keys", current, init=init)
     data = raw_config("fsrcnn", folder / "pictures")["train_dataset"]
     wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
     valid = {"dataset": data["dataset"], "wrapper": wrapper}
