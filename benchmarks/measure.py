@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from benchmarks.cases import SCALE, Case, Networks, Size, Source, encoder_time_s, picture, shown
+from benchmarks.cases import (
+    FP32_VARIANTS,
+    SCALE,
+    Case,
+    Networks,
+    Size,
+    Source,
+    encoder_time_s,
+    picture,
+    shown,
+)
 from benchmarks.report import Row, add_ratios, figures_table, ratios_table
 from engine.restore import PcsrRestorer, Restored
 from utils.allocator import keep_freed_blocks
@@ -100,7 +110,8 @@ def peak_memory(job: MemoryJob) -> int | None:
 def _run_once(job: MemoryJob) -> int | None:
     # What there is to warn of is said by the process that takes the times.
     logging.disable(logging.WARNING)
-    keep_freed_blocks()
+    if job.case.variant not in FP32_VARIANTS:
+        keep_freed_blocks()
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     runner = Networks(job.source, device).runner(job.case)

@@ -39,7 +39,8 @@ def open_folder(save_dir: Path, config: Config, start: Start) -> None:
         logger.info("resumed at iteration %d from %s", start.iteration, start.path)
         _log_changes(config, start)
     elif start.path is not None:
-        logger.info("backbone and heavy upsampler from %s", start.path)
+        what = "weights" if config.phase is None else "backbone and heavy upsampler"
+        logger.info("%s from %s", what, start.path)
 
 
 def set_aside(save_dir: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Where a training run starts: anew, from phase 0's weights, or at a checkpoint."""
+"""Where a training run starts: anew, from given weights, or at a checkpoint."""
 
 import secrets
 from dataclasses import dataclass

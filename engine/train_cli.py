@@ -35,8 +35,9 @@ def make_parser(description: str, example: str) -> Parser:
     parser.add_argument(
         "--init",
         metavar="PATH",
-        help="Weights that a new run starts from. Default: the config's `init`; else, for phase 1, "
-        "the weights of the phase 0 config of the same name.",
+        help="Weights that a new run starts from; PCSR takes backbone and heaviest upsampler of "
+        "them. Default: the config's `init`; else, for phase 1, those of the phase 0 config of the "
+        "same name.",
     )
     return parser
 

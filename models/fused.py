@@ -36,6 +36,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 # (1920x1080) are one run. A run's largest tensors are the first layers' sums: 0.4 GB each at a
 # width of 192 in float32.
 RUN_PX = 2**20
+# The least rows of a run, in radii of the backbone: what runs share is computed twice.
+_LEAST_RADII = 8
 
 
 class FusedEngine(FastEngine):
@@ -81,6 +83,9 @@ class FusedEngine(FastEngine):
         if model.classifier is not None:
             self.classifier_mlp = pack(model.classifier, margins=True)
         self._check(model.encoder.out_dim, device)
+
+    def _pushed_rows(self, h: int, w: int) -> int:
+        return min(h, max(super()._pushed_rows(h, w), _LEAST_RADII * self.lag_rows))
 
     def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
         """See `models.inference.Engine`."""

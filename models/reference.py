@@ -38,7 +38,8 @@ class ReferenceEngine:
 
     def encode(self, lr: Tensor) -> Tensor:
         """See `models.inference.Engine`."""
-        return self.model.encode(lr)
+        # Pixel by pixel in memory, once: every part of the pixels would have it so for itself.
+        return self.model.encode(lr).contiguous(memory_format=torch.channels_last)
 
     def encode_rows(self, lr: Tensor) -> Iterator[Tensor]:
         """See `models.inference.Engine`."""

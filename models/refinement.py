@@ -14,6 +14,7 @@ from models import kernels
 from models.native import library
 from models.native.bindings import Library
 from models.native.passes import refine_rows
+from utils.cli import one_line
 
 _log = logging.getLogger(__name__)
 # Rows that are averaged at once: their temporaries stay in cache.
@@ -65,22 +66,48 @@ def _refine_into(out_B3rW: Tensor, pieces: Sequence[tuple[Tensor, Tensor]], firs
 def _by_kernel(out_B3rW: Tensor) -> bool:
     """Whether the GPU kernel can write this."""
     device = out_B3rW.device
-    return device.type != "cpu" and out_B3rW.stride(-1) == 1 and kernels.available(device)
+    return device.type != "cpu" and out_B3rW.stride(-1) == 1 and _is_right_on(device)
+
+
+@functools.cache
+def _is_right_on(device: torch.device) -> bool:
+    """Whether the GPU kernel gives what plain torch does, on a small image."""
+    if not kernels.available(device):
+        return False
+    from models.kernels.refine import refine_rows as refine_on_gpu  # needs Triton
+
+    prediction, classes = (each.to(device) for each in _example())
+    ours = torch.empty_like(prediction)
+    try:
+        refine_on_gpu(prediction, classes, 0, ours)
+        right = bool((ours - _plainly_refined(prediction, classes)).abs().max() <= 1e-6)
+        reason = "it is wrong"
+    except Exception as error:  # Triton's are of many kinds
+        right, reason = False, one_line(error)
+    if not right:
+        _log.warning("fused kernels: no refinement by them, plain torch is used: %s", reason)
+    return right
 
 
 @functools.cache
 def _are_right(kernels: Library) -> bool:
     """Whether the compiled pass gives what plain torch does, on a small image."""
-    generator = torch.Generator().manual_seed(0)
-    prediction = torch.rand(1, 3, 5, 300, generator=generator)
-    classes = torch.randint(3, (1, 5, 300), generator=generator).to(torch.uint8)
-    classes[..., 70:] = 0
+    prediction, classes = _example()
     ours = torch.empty_like(prediction)
     refine_rows(kernels, [(prediction, classes)], 0, ours)
     right = bool((ours - _plainly_refined(prediction, classes)).abs().max() <= 1e-6)
     if not right:
         _log.warning("CPU kernels: their refinement is wrong; plain torch is used instead")
     return right
+
+
+def _example() -> tuple[Tensor, Tensor]:
+    """A small image and its classes, a part of which has no border."""
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.rand(1, 3, 5, 300, generator=generator)
+    classes = torch.randint(3, (1, 5, 300), generator=generator).to(torch.uint8)
+    classes[..., 70:] = 0
+    return prediction, classes
 
 
 def _plainly_refined(prediction_B3HW: Tensor, classes_BHW: Tensor) -> Tensor:

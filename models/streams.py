@@ -3,7 +3,7 @@
 A stream takes an image's rows from top to bottom in runs of any length and gives its output rows
 as soon as they are determined. Convolutions keep the few input rows that the next run needs, so
 nothing is computed twice (tiles with a halo would compute a fifth again) and the result is that of
-the whole image.
+the whole image. (:class:`HaloRows`, for GPUs, is as exact, but computes a few rows twice.)
 
 Rows are (B, r, w, C), contiguous: channels-last convolutions read them as they are.
 """
@@ -215,7 +215,8 @@ def push_whole(stream: RowStream, x: Tensor) -> Tensor:
 class HaloRows:
     """Runs of rows through a network that takes images: what the borders of a run lack is kept.
 
-    Rows near the border of two runs are computed for both, twice the radius for each run.
+    Rows near the border of two runs are computed for both, twice the radius for each run: for
+    devices where a run is many times the radius.
 
     Args:
         network: (B, C, h, w) to (B, C', h, w); a row of its output depends on `radius` rows of the

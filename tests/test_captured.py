@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine import captured
 from engine.captured import CapturedStep, Step
-from tests.training import checkpoint_of, make_config, run
+from tests.training import checkpoint_of, make_config, raw_config, run
 from utils.distributed import World
 from utils.errors import UserError
 
@@ -35,12 +35,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             done.append(f"replay {len(lr)}")
             return self._compute(lr, hr)
 
-    def eager(compute: Any, lr: Tensor, hr: Tensor) -> Step:
+    def eager(self: CapturedStep, lr: Tensor, hr: Tensor) -> Step:
         done.append(f"eager {len(lr)}")
-        return compute(lr, hr)
+        return self._compute(lr, hr)
 
     monkeypatch.setattr(captured, "_Graph", Graph)
-    monkeypatch.setattr(captured, "_on_another_stream", eager)
+    monkeypatch.setattr(CapturedStep, "_on_another_stream", eager)
     return done
 
 
@@ -72,33 +72,64 @@ def test_only_so_many_sizes_are_recorded(calls: list[str]) -> None:
     assert calls.count("eager 9") == calls.count("eager 10") == 5
 
 
-def test_what_cannot_be_recorded_goes_on_without(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_recorded_is_said_in_one_line(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        finally:
+            raise RuntimeError("the recording is over")
 
     monkeypatch.setattr(captured, "_Graph", fail)
     step = CapturedStep(compute)
-    for _ in range(6):
+    for _ in range(3):
         call(step, 1)
-    assert calls == ["eager 1"] * 6
-    assert caplog.text.count("`compile: capture` does not work") == 1
-    assert "when stream is capturing" in caplog.text and "more" not in caplog.text
+    with pytest.raises(
+        UserError,
+        match=r"cannot record this training step \(operation not permitted when stream is "
+        r"capturing\): leave `compile` out",
+    ):
+        call(step, 1)
+    assert calls == ["eager 1"] * 3
 
 
 @needs_cuda
-@pytest.mark.parametrize("kind", ["fsrcnn", "carn", "fsrcnn-phase0", "carn-phase1"])
+def test_a_step_that_waits_for_the_device_is_refused() -> None:
+    step = CapturedStep(lambda lr, hr: ({"loss": lr * lr.sum().item()}, []))
+    lr = torch.rand(1, 3, 2, 2, device="cuda")
+    for _ in range(3):
+        step(lr, lr)
+    with pytest.raises(UserError, match="cannot record this training step"):
+        step(lr, lr)
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("fsrcnn", {}),
+        ("carn", {}),
+        ("carn", {"ema": 0.9, "grad_clip": 0.3, "nan_skip": 1, "precision": "bf16"}),
+        ("fsrcnn-phase0", {"channels_last": True}),
+        ("carn-phase1", {}),
+    ],
+)
 def test_recorded_training_equals_eager_training(
-    kind: str, pictures: Path, tmp_path: Path, phase0: Any, caplog: pytest.LogCaptureFixture
+    kind: str, keys: dict[str, Any], pictures: Path, tmp_path: Path, phase0: Any
 ) -> None:
-    device = World(0, 1, torch.device("cuda", torch.cuda.current_device()))
+    """With statistics of batches (CARN) and a validation in between."""
+    device = World(0, 1, torch.device("cuda", torch.cuda.device_count() - 1))
     phase0(kind)
+    data = raw_config(kind, pictures)["train_dataset"]
+    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    valid = {"dataset": data["dataset"], "wrapper": wrapper}
     found = []
     for mode in ("none", "capture"):
-        config = make_config(kind, pictures, compile=mode, iter_max=12)
+        config = make_config(
+            kind, pictures, compile=mode, iter_max=12, iter_val=6, valid_dataset=valid, **keys
+        )
         run(config, tmp_path / mode, device)
         found.append(checkpoint_of(tmp_path / mode)["model"]["sd"])
-    assert "does not work" not in caplog.text
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-3, msg=name)

@@ -22,6 +22,7 @@ from models.inference import SRResult, super_resolve, super_resolve_patches
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
+from models.row_graph import RowGraph, sequential_graph
 from utils.errors import UserError
 from utils.flops import PcsrCost
 
@@ -228,8 +229,9 @@ def test_smallest_images(lr_size: tuple[int, int]) -> None:
 
 @on_device
 @pytest.mark.parametrize("size", [(36, 28), (25, 19), (5, 19)])
-def test_runs_of_rows(size: tuple[int, int]) -> None:
+def test_runs_of_rows(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid in parts, some of which have no output row at the smallest size."""
+    monkeypatch.setattr("models.fused._LEAST_RADII", 0)
     model = make_model(*LIGHT_AND_HEAVY)
     check_equal(model, torch.rand(1, 3, 9, 7), size, KRouting(0.0), run_px=7)
 
@@ -277,10 +279,11 @@ def test_half_precision(dtype: torch.dtype, heavy: tuple[int, ...]) -> None:
 
 @on_device
 @pytest.mark.parametrize("routing", [KRouting(0.0), FixedRouting(0)])
-def test_flops_are_predicted(routing: Routing) -> None:
+def test_flops_are_predicted(routing: Routing, monkeypatch: pytest.MonkeyPatch) -> None:
     from models.cost import count_rows
     from models.fused import FusedEngine
 
+    monkeypatch.setattr("models.fused._LEAST_RADII", 0)
     model = make_model(*LIGHT_AND_HEAVY)
     _, fused = run_both(model, torch.rand(1, 3, 9, 7), (25, 28), routing, run_px=14)
     engine = FusedEngine(model, run_px=14)
@@ -316,6 +319,13 @@ def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "apply_mlp", apply_wrongly)
     with pytest.raises(UserError, match="margins are wrong"):
         fused.FusedEngine(model)
+
+
+def encoder_of(graph: RowGraph, dtype: torch.dtype = torch.float32) -> Any:
+    """Triton must not be imported before it is known that it is there."""
+    from models.kernels.encoder import GraphEncoder
+
+    return GraphEncoder(graph, dtype)
 
 
 BACKBONES = {
@@ -416,6 +426,64 @@ def test_wrong_backbones_are_refused(
     found = kernels.fused_encoder(network)
     assert not isinstance(found, encoder.GraphEncoder)
     assert "their features are wrong" in caplog.text
+
+
+@on_device
+def test_backbones_that_do_not_compile_are_run_by_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from models.kernels import encoder
+
+    def fail(*_: Any) -> None:
+        raise Exception("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(encoder, "apply_sum", fail)
+    found = kernels.fused_encoder(make_backbone("fsrcnn"))
+    assert not isinstance(found, encoder.GraphEncoder)
+    assert "plain torch is used: out of resource: shared memory\n" in caplog.text
+
+
+@on_device
+def test_features_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.kernels import encoder
+
+    apply_sum = encoder.apply_sum
+
+    def apply_with_nan(packed: Any, sources: Any, out: torch.Tensor, *args: Any) -> None:
+        apply_sum(packed, sources, out, *args)
+        out.view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(encoder, "apply_sum", apply_with_nan)
+    found = kernels.fused_encoder(make_backbone("fsrcnn"), torch.float16)
+    assert not isinstance(found, encoder.GraphEncoder)
+
+
+@on_device
+def test_wide_backbones() -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 70, 3, padding=1).to(DEVICE)
+    body = torch.nn.Conv2d(70, 130, 3, padding=1).to(DEVICE)
+    graph = sequential_graph([conv, torch.nn.ReLU(), body])
+    x = torch.rand(1, 3, 5, 6, device=DEVICE)
+    with torch.inference_mode():
+        expected = graph(x)
+        for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 2e-3)):
+            features = encoder_of(graph, dtype)(x).float()
+            assert (features - expected).norm() < limit * expected.norm()
+
+
+@on_device
+def test_numbers_that_float16_does_not_hold_stay_finite() -> None:
+    from models.kernels.conv import split
+
+    high, low = split(torch.tensor([7e4, -1e6, 65504.0]))
+    assert high.isfinite().all() and low.isfinite().all()
+    conv = torch.nn.Conv2d(3, 16, 1).to(DEVICE)
+    with torch.no_grad():
+        conv.weight.fill_(1e5 / 3)
+        last = torch.nn.Conv2d(16, 4, 1).to(DEVICE)
+        found = encoder_of(sequential_graph([conv, last]))(torch.ones(1, 3, 2, 2).to(DEVICE))
+    assert found.isfinite().all()
 
 
 @on_device

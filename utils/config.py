@@ -75,8 +75,8 @@ class Config:
         iter_save_s: save at least this often, in seconds; None for `iter_save` alone.
         scale: the original network's scale.
         seed: of weights and samples; None draws one.
-        init: weights that a new run starts from; None for random ones, in phase 1 for the phase 0
-            config's.
+        init: weights that a new run starts from, of which PCSR takes backbone and heaviest
+            upsampler; None for random ones, in phase 1 for the phase 0 config's.
         precision: "fp32" or "bf16" (autocast) arithmetic in training.
         channels_last: memory layout of the convolutions in training.
         microbatches: on the CPU, pieces that a batch is cut into, one thread each; None for 4

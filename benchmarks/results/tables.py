@@ -129,6 +129,8 @@ def _released_lines(subject: Subject) -> list[list[str]]:
         about = content.get("original" if key == "original" else "pcsr", {})
         config = subject.original if key == "original" else subject.pcsr
         row = row_of(subject, last, key)
+        if key == "original" and not about:
+            continue  # it has no weights
         iterations = [about.get("phase0_iterations"), about.get("iterations")]
         word = LABELS[key].removeprefix("PCSR, ")
         lines.append(

@@ -101,7 +101,8 @@ class KernelSum:
 def split(x: Tensor) -> Tensor:
     """(...) float32 to (2, ...) float16: what it holds of `x`, and the rest times 2048."""
     high = x.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
-    return torch.stack([high, ((x - high.float()) * _SCALE).half()])
+    rest = ((x - high.float()) * _SCALE).clamp(-_LARGEST_HALF, _LARGEST_HALF)
+    return torch.stack([high, rest.half()])
 
 
 def _inputs(weight: Tensor, groups: int) -> int:
@@ -134,9 +135,16 @@ def _filled(vector: Tensor, columns: int) -> Tensor:
     return filled
 
 
-def launch_options(in_parts: bool) -> dict[str, int]:
-    """Pixels per program, warps, and how many loads run ahead of the products."""
-    return {"BLOCK": 128, "num_warps": 8, "num_stages": 2 if in_parts else 3}
+def launch_options(in_parts: bool, widest: int) -> dict[str, int]:
+    """Pixels per program, warps, and how many loads run ahead of the products.
+
+    Args:
+        in_parts: the sources are.
+        widest: of the sources' and the outputs' channels. Beyond 64, shared memory holds no loads
+            that run ahead.
+    """
+    ahead = 2 if in_parts else 3
+    return {"BLOCK": 128, "num_warps": 8, "num_stages": ahead if widest <= 64 else 1}
 
 
 def apply_sum(
@@ -159,7 +167,8 @@ def apply_sum(
     """
     batch, h, w, out_columns = out.shape[-4:]
     total = batch * h * w
-    options = options or launch_options(packed.takes_parts)
+    widest = max(*packed.channels, packed.columns)
+    options = options or launch_options(packed.takes_parts, widest)
     with torch.cuda.device_of(out):
         conv_sum[(triton.cdiv(total, options["BLOCK"]),)](
             out,
@@ -268,7 +277,7 @@ def conv_sum(
     if OUT_IN_PARTS:
         high = tl.clamp(sums, -LARGEST, LARGEST).to(tl.float16)
         tl.store(out_ptr + at, high, mask=is_written)
-        low = ((sums - high.to(tl.float32)) * SCALE).to(tl.float16)
+        low = tl.clamp((sums - high.to(tl.float32)) * SCALE, -LARGEST, LARGEST).to(tl.float16)
         tl.store(out_ptr + total.to(tl.int64) * OUT_COLUMNS + at, low, mask=is_written)
     else:
         tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=is_written)

@@ -18,6 +18,8 @@ class GraphEncoder:
 
     The first step is as exact as float32 in any case: rounding an image to bfloat16 costs more than
     all other rounding together. In float32, activations beyond 65504 are cut off.
+    FLOPs are counted elsewhere as the network's: without zeros between groups, without padding, and
+    once for rows that two runs share.
 
     Args:
         graph: what the backbone does, on a CUDA device.
