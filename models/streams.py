@@ -232,6 +232,7 @@ class HaloRows:
         self._done = 0
 
     def push(self, rows: Tensor, last: bool) -> Tensor:
+        """See :class:`RowStream`: (B, r, w, C) to (B, r', w, C'); what the network raises."""
         if self._kept is not None:
             rows = torch.cat([self._kept, rows], dim=1)
         ready = rows.shape[1] - (0 if last else self._radius)
