@@ -64,8 +64,8 @@ def largest_piece(dtype: torch.dtype, device: torch.device, width: int) -> int |
     them are too many.
 
     In half precision on Hopper, layers of several pieces with 64 units among them come out wrong
-    (on an H200, Triton 3.6; elsewhere, in fp32 and in the interpreter they are right). There,
-    pieces of 32 are right, and fast up to 128 units; wider layers are one piece.
+    (on an H200, Triton 3.6; in fp32 and in the interpreter they are right, other GPUs were not
+    tried). There, pieces of 32 are right, and fast up to 128 units; wider layers are one piece.
     """
     is_cuda = device.type == "cuda"
     is_hopper = is_cuda and torch.cuda.get_device_capability(device)[0] == 9
