@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork, check_sizes, conv3x3, shuffle_steps
@@ -87,6 +88,7 @@ class RCAN(SRNetwork):
         if not 1 <= reduction <= nf:
             raise UserError(f"rcan: reduction {reduction} must lie between 1 and nf = {nf}")
         self.out_dim = nf
+        self.nb = nb
         self.receptive_radius_px = 2 + ng * (2 * nb + 1)
         self.head = nn.Sequential(conv3x3(3, nf))
         groups = (ResidualGroup(nf, nb, reduction) for _ in range(ng))
@@ -96,6 +98,33 @@ class RCAN(SRNetwork):
             for factor in shuffle_steps(scale):
                 steps += [conv3x3(nf, factor**2 * nf), nn.PixelShuffle(factor)]
             self.tail = nn.Sequential(nn.Sequential(*steps), conv3x3(nf, 3))
+
+    def deepened(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of an RCAN with at most `nb` blocks to a group, as one of this depth.
+
+        The blocks that it lacks come last in each group and add nothing yet, as the convolution
+        before their attention is 0 (after Net2Net, Chen et al., ICLR 2016): features stay equal,
+        and training goes on from there. A state dict of this or a greater depth is returned as
+        it is.
+        """
+        nb = self.nb
+        # A group's blocks are numbered from 0, and its last convolution is number nb.
+        theirs = max(
+            (int(key.split(".")[3]) for key in state if key.startswith("body.0.body.")), default=nb
+        )
+        if theirs >= nb:
+            return dict(state)
+        grown = {}
+        for key, value in state.items():
+            part = key.split(".")
+            if part[:1] == ["body"] and part[2:4] == ["body", str(theirs)]:
+                part[3] = str(nb)
+            grown[".".join(part)] = value
+        for key, value in self.state_dict().items():
+            if key not in grown and key.startswith("body."):
+                adds = key.split(".")[4:6] == ["body", "2"]
+                grown[key] = torch.zeros_like(value) if adds else value.clone()
+        return grown
 
     def features(self, x: Tensor) -> Tensor:
         x = self.head(x)
