@@ -1,7 +1,8 @@
 """Evaluate an original super-resolution network."""
 
 from engine.evaluate_cli import Request, Subject, is_pcsr, main, make_parser
-from engine.restore import OriginalRestorer, load_original
+from engine.loading import load_original
+from engine.restore import OriginalRestorer
 from utils.cli import run
 from utils.errors import UserError
 

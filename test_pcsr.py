@@ -6,7 +6,8 @@ from pathlib import Path
 from engine.budget import OriginalCost
 from engine.evaluate_cli import Request, Subject, is_pcsr, main, make_parser
 from engine.inference_words import add_routing_words, routing_from
-from engine.restore import PcsrRestorer, load_pcsr
+from engine.loading import load_pcsr
+from engine.restore import PcsrRestorer
 from engine.sweep_cli import Sweep, add_sweep_words
 from utils.cli import positive_float, run
 from utils.config import Config, load_config

@@ -18,7 +18,8 @@ from torch import Tensor
 import models
 from datasets.resize import imresize
 from engine.budget import Budget, BudgetPlan, OriginalCost
-from engine.restore import PcsrRestorer, Restored, load_original, load_pcsr
+from engine.loading import load_original, load_pcsr
+from engine.restore import PcsrRestorer, Restored
 from models.backbones.base import SRNetwork
 from models.budget import BudgetRouting
 from models.cost import UpsamplingCost

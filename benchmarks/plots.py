@@ -37,8 +37,8 @@ _STYLES = {
     "original": ("original as published", "X", "black"),
     "original_optimized": ("original, optimised", "P", "tab:gray"),
     "heavy": ("PCSR, all heavy", "^", "tab:red"),
-    "k0": ("PCSR, k = 0", "o", "tab:orange"),
     "adm": ("PCSR, ADM", "D", "tab:green"),
+    "k0": ("PCSR, k = 0", "o", "tab:orange"),
     "k1": ("PCSR, k = 1", "s", "tab:purple"),
     "light": ("PCSR, all light", "v", "tab:cyan"),
 }
@@ -225,8 +225,9 @@ def _draw_panel(axes: "Axes", points: Sequence[Point], xs: Sequence[float]) -> N
     for x, point in zip(xs, points, strict=True):
         if point.label in _STYLES:
             label, marker, colour = _STYLES[point.label]
-            style: dict[str, Any] = {"color": colour, "marker": marker, "label": label}
-            axes.scatter(x, point.psnr, s=70, zorder=3, alpha=0.9, **style)
+            style: dict[str, Any] = {"edgecolor": colour, "marker": marker, "label": label}
+            # Not filled: k = 0 and ADM are often in one place.
+            axes.scatter(x, point.psnr, s=70, zorder=3, facecolor="none", linewidth=1.8, **style)
     axes.set_xlim(left=0)
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)

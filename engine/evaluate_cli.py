@@ -19,7 +19,7 @@ from engine.report import Table, circumstances, followed, foot, to_json, write_j
 from engine.restore import Patches
 from engine.samples import EvaluationSet, ImagePaths
 from engine.sharing import PATIENCE, shared_out
-from models.inference import PATCH_BATCH_SIZE
+from models.patches import PATCH_BATCH_SIZE
 from utils.allocator import keep_freed_blocks
 from utils.checkpoint import find_weights
 from utils.cli import (

@@ -1,25 +1,24 @@
 """Folders as tar files of a bounded size, to be carried to another machine, and back again.
 
-A manifest beside the parts tells which there are and the checksum of each. Packing and unpacking
-can be interrupted at any time and run again: what is there is verified and kept, and nothing that
-is there is ever overwritten.
+A manifest beside the parts lists them, each before it appears, with its checksum. Packing and
+unpacking can be interrupted at any time and run again: what is there is verified and kept, and
+nothing that is there is ever overwritten.
 """
 
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from utils.atomic import replace_file, write_text
+from utils.atomic import keep_as, remove_leftovers, replace_file, write_text
 from utils.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 MB = 10**6
-_CHUNK_BYTES = 2**20
 
 
 @dataclass
@@ -52,54 +51,56 @@ def pack(folders: Sequence[Path], output: Path, part_mb: float) -> list[Part]:
     """
     files = _files_of(folders)
     plan = _plan(files, part_mb)
-    known = _known_parts(output)
-    for part in known:
-        if not any((part.name, part.files) == (each.name, each.files) for each in plan):
-            raise UserError(
-                f"{output / part.name} holds other files than would be packed now: "
-                f"pack into an empty folder"
-            )
-    done: list[Part] = []
+    listed = _listed_parts(output, plan)
+    for name in (MANIFEST_NAME, *(part.name for part in plan)):
+        remove_leftovers(output / name)
+    record = partial(_write_manifest, output, listed, plan)
     for part in plan:
         path = output / part.name
-        kept = next((each for each in known if each.name == part.name), None)
-        if kept is not None and path.is_file():
-            _verify(output, kept)
+        if part.name in listed and path.is_file():
+            _verify(output, listed[part.name])
             if not _holds(path, files, part):
-                raise UserError(
-                    f"{path} holds an older state of its files: pack into an empty folder"
-                )
+                raise UserError(f"{path} holds files in an older state: pack into an empty folder")
+        elif path.exists():
+            raise UserError(f"{path} is there already and not in its manifest: remove it")
         else:
-            if path.exists():
-                raise UserError(f"{path} is there already and not in its manifest: remove it")
-            kept = _written(part, path, files)
-        done.append(kept)
-        _write_manifest(output, [*done, *(each for each in known if each.name > part.name)], plan)
-    return done
+            listed[part.name] = part
+            _write(part, path, files, record)
+    record()
+    return [listed[part.name] for part in plan]
 
 
-def unpack(source: Path, output: Path) -> tuple[int, int]:
-    """Verify the parts in `source` and write their files below `output`.
+def unpack(source: Path, output: Path, aside: Path | None = None) -> tuple[int, int]:
+    """Verify all parts in `source`, and only then write their files below `output`.
+
+    Args:
+        aside: a new folder, for the files in `output` whose content is another than in the parts;
+            they are moved to the same path below it. None: such files are an error.
 
     Returns:
         how many files were written, and how many were there already.
 
     Raises:
         UserError: no manifest, parts that are missing or damaged, names that lead out of
-            `output`, or a file of other content in the way.
+            `output`, or something in the way; nothing is written then.
     """
-    parts = _known_parts(source)
-    if not parts:
-        raise UserError(f"no {MANIFEST_NAME} in {source}: name the folder that the parts are in")
-    missing = [part.name for part in parts if not (source / part.name).is_file()]
-    if missing or not _is_complete(source):
-        what = ", ".join(missing) or "parts that were never packed (pack again to finish)"
-        raise UserError(f"{source}: missing {what}")
+    parts = _complete_parts(source)
+    differing = [path for part in parts for path in _differing(source, part, output)]
+    if differing and aside is None:
+        raise UserError(
+            f"{output} has other content already in {len(differing)} of the files, first of all "
+            f"{differing[0]}: move them away, or let --replace move them to before-<time>"
+        )
     written = there = 0
     for part in parts:
-        _verify(source, part)
-        for is_new in _extract(source / part.name, output):
-            written, there = written + is_new, there + (not is_new)
+        for inside, data in _entries(source / part.name, output):
+            if _has(output / inside, data):
+                there += 1
+                continue
+            if not written:
+                remove_leftovers(output / inside)  # An interrupted run ended at this file.
+            _put(output / inside, data, aside and aside / inside)
+            written += 1
     return written, there
 
 
@@ -144,12 +145,14 @@ def _plan(files: dict[str, Path], part_mb: float) -> list[Part]:
     return parts
 
 
-def _written(part: Part, path: Path, files: dict[str, Path]) -> Part:
-    with replace_file(path) as temporary, tarfile.open(temporary, "w") as tar:
-        for name in part.files:
-            with files[name].open("rb") as file:
-                tar.addfile(_header(name, files[name]), file)
-    return Part(part.name, part.files, path.stat().st_size, _sha256(path))
+def _write(part: Part, path: Path, files: dict[str, Path], record: Callable[[], None]) -> None:
+    """Write a part and note its size and checksum; `record` is called before it is at `path`."""
+    with replace_file(path, first=record) as temporary:
+        with tarfile.open(temporary, "w") as tar:
+            for name in part.files:
+                with files[name].open("rb") as file:
+                    tar.addfile(_header(name, files[name]), file)
+        part.bytes, part.sha256 = temporary.stat().st_size, _sha256(temporary)
 
 
 def _holds(path: Path, files: dict[str, Path], part: Part) -> bool:
@@ -181,26 +184,19 @@ def _tar_bytes(entries: int) -> int:
     return -(-used // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
-def _extract(path: Path, output: Path) -> Iterator[bool]:
-    """Write the files of one part; for each whether it was new."""
+def _entries(path: Path, output: Path) -> Iterator[tuple[Path, bytes]]:
+    """The files of one part: path within `output`, and content."""
+    root = output.resolve()
     with _opened(path) as tar:
         for member in tar:
             target = output / member.name
             # Not tarfile's filters: the first releases of Python 3.11 have none.
-            if not target.resolve().is_relative_to(output.resolve()):
+            if not target.resolve().is_relative_to(root):
                 raise UserError(f"{path}: {member.name} leads out of {output}")
             content = tar.extractfile(member) if member.isreg() else None
             if content is None:
                 raise UserError(f"{path}: {member.name} is no plain file")
-            data = content.read()
-            if target.exists():
-                if not target.is_file() or target.read_bytes() != data:
-                    raise UserError(f"{target} is there already, with other content: move it away")
-                yield False
-                continue
-            with replace_file(target, sync=False) as temporary:
-                temporary.write_bytes(data)
-            yield True
+            yield (target.parent.resolve() / target.name).relative_to(root), content.read()
 
 
 def _opened(path: Path) -> tarfile.TarFile:
@@ -210,51 +206,94 @@ def _opened(path: Path) -> tarfile.TarFile:
         raise UserError(f"{path} is no tar file: {error}") from error
 
 
+def _differing(source: Path, part: Part, output: Path) -> Iterator[Path]:
+    """Verify a part; its files that are in `output` with other content."""
+    _verify(source, part)
+    for inside, data in _entries(source / part.name, output):
+        target = output / inside
+        found = next(each for each in (target, *target.parents) if each.exists())
+        if found.is_dir() == (found == target):
+            raise UserError(f"{found} is in the way of {inside} in {part.name}: move it away")
+        if found == target and not _has(target, data):
+            yield target
+
+
+def _has(target: Path, data: bytes) -> bool:
+    """Whether a file is there and has this content."""
+    return target.is_file() and target.stat().st_size == len(data) and target.read_bytes() == data
+
+
+def _put(target: Path, data: bytes, kept: Path | None) -> None:
+    """Write a file; one that is there gets the name `kept`."""
+    first = None
+    if target.exists():
+        if kept is None or kept.exists():
+            raise UserError(f"{target} has changed since it was checked: unpack again")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # It has both names until the new file is there: at no moment is there none.
+        first = partial(keep_as, target, kept)
+    with replace_file(target, sync=first is not None, first=first) as temporary:
+        temporary.write_bytes(data)
+
+
 def _verify(folder: Path, part: Part) -> None:
     if _sha256(folder / part.name) != part.sha256:
         raise UserError(
-            f"{folder / part.name} is damaged: its checksum is not that of {MANIFEST_NAME}"
+            f"{folder / part.name} is damaged: its checksum is not that of {MANIFEST_NAME}: "
+            f"remove it, and pack or copy it again"
         )
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_manifest(folder: Path, parts: Sequence[Part], plan: Sequence[Part]) -> None:
-    content = {
-        "format": FORMAT,
-        "planned_parts": len(plan),
-        "parts": [asdict(part) for part in parts],
-    }
+def _write_manifest(folder: Path, listed: Mapping[str, Part], plan: Sequence[Part]) -> None:
+    parts = [asdict(listed[part.name]) for part in plan if part.name in listed]
+    content = {"format": FORMAT, "planned_parts": len(plan), "parts": parts}
     write_text(folder / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
 
 
-def _known_parts(folder: Path) -> list[Part]:
-    """The parts that a folder's manifest tells of; none where there is no manifest."""
-    try:
-        return [Part(**part) for part in _manifest(folder).get("parts", [])]
-    except TypeError as error:
-        raise UserError(f"{folder / MANIFEST_NAME} is no manifest of parts") from error
+def _listed_parts(folder: Path, plan: Sequence[Part]) -> dict[str, Part]:
+    """The parts of `plan` that the manifest tells of, by name: there, or still to be written."""
+    listed = {}
+    planned = {part.name: part.files for part in plan}
+    for part in _manifest(folder)[0]:
+        if planned.get(part.name) == part.files:
+            listed[part.name] = part
+        elif (folder / part.name).exists():
+            raise UserError(
+                f"{folder / part.name} holds other files than would be packed now: "
+                f"pack into an empty folder"
+            )
+    return listed
 
 
-def _is_complete(folder: Path) -> bool:
-    content = _manifest(folder)
-    return content.get("planned_parts") == len(content.get("parts", []))
+def _complete_parts(folder: Path) -> list[Part]:
+    """All parts of a folder."""
+    parts, planned = _manifest(folder)
+    if not parts:
+        raise UserError(f"no {MANIFEST_NAME} in {folder}: name the folder that the parts are in")
+    missing = [part.name for part in parts if not (folder / part.name).is_file()]
+    if missing or planned != len(parts):
+        what = ", ".join(missing) or "parts that were never packed (pack again to finish)"
+        raise UserError(f"{folder}: missing {what}")
+    return parts
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> tuple[list[Part], int]:
+    """The parts that a folder's manifest tells of, and how many are planned; none without one."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        return {}
+        return [], 0
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no manifest of format {FORMAT}")
-    return content
+    try:
+        return [Part(**part) for part in content["parts"]], content["planned_parts"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no manifest of parts") from error

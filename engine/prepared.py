@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.restore import PcsrRestorer
 from models.cost import ImageCost
 from models.grid import PixelGrid
-from models.inference import PatchCanvas, patch_corners
+from models.patches import PatchCanvas, patch_corners
 from utils.machine import Timer
 
 

@@ -43,13 +43,17 @@ class ReroutedImage:
         ]
 
     @torch.inference_mode()
-    def __call__(self, routing: Routing) -> Restored:
-        """The picture that a routing makes, and its cost; the time is nan: nothing was run."""
+    def __call__(self, routing: Routing, *, refinement: bool | None = None) -> Restored:
+        """The picture that a routing makes, and its cost; the time is nan: nothing was run.
+
+        Args:
+            refinement: default the restorer's.
+        """
         classes_1HW = routing.classes(self._prepared.margins_BKHW, self._log_costs)
         sr_13HW = self._sr_M[0]
         for index, other in enumerate(self._sr_M[1:], start=1):
             sr_13HW = torch.where(classes_1HW[:, None] == index, other, sr_13HW)
-        if self._restorer.refinement:
+        if self._restorer.refinement if refinement is None else refinement:
             sr_13HW = refine(sr_13HW, classes_1HW)
         image = self._costs[routing.is_global]
         counts_1HM = count_rows(classes_1HW, len(self._sr_M))

@@ -5,13 +5,11 @@ Axes: h w LR, H W output, M upsamplers.
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import models
 from engine.budget import BudgetPlan
 from models import inference, kernels, native
 from models.backbones.base import SRNetwork
@@ -19,21 +17,17 @@ from models.compiled import CompiledEncoder
 from models.cost import ImageCost
 from models.fast import FastEngine
 from models.grid import PixelGrid
-from models.inference import (
+from models.inference import Engine, SRResult, super_resolve
+from models.native_engine import NativeEngine
+from models.patches import (
     PATCH_BATCH_SIZE,
-    Engine,
     PatchCanvas,
-    SRResult,
     patch_corners,
-    super_resolve,
     super_resolve_patches,
 )
-from models.native_engine import NativeEngine
 from models.pcsr import PCSR
 from models.reference import PIXEL_BATCH_SIZE, ReferenceEngine
 from models.routing import KRouting, Routing
-from utils.checkpoint import build_model, check_same_model, load_checkpoint
-from utils.config import Config
 from utils.device import resolve_precision
 from utils.errors import UserError
 from utils.flops import PcsrCost, executed_flops, paper_flops
@@ -294,44 +288,6 @@ def make_engine(
         except UserError as error:
             _log.warning("%s; plain torch is used instead", error)
     return FastEngine(model, chunk_px=pixel_batch_size, dtype=dtype, encoder=encoder)
-
-
-def load_model(path: Path, device: torch.device, config: Config | None = None) -> nn.Module:
-    """Build a checkpoint's model with its weights, in eval mode on `device`.
-
-    Args:
-        config: where given, the checkpoint must be of its model (a PCSR checkpoint may be of
-            either phase), and its `data_norm` serves checkpoints that hold none.
-
-    Raises:
-        UserError: see `utils.checkpoint`.
-    """
-    checkpoint = load_checkpoint(path)
-    data_norm = None
-    if config is not None:
-        # Built to be checked: the checkpoint's spec would hide a misspelt argument.
-        models.make(config.model, data_norm=config.data_norm)
-        check_same_model(config.model, checkpoint["model"], path)
-        data_norm = config.data_norm
-        if "name" not in checkpoint["model"]:
-            checkpoint["model"] = {**config.model, "sd": checkpoint["model"]["sd"]}
-    return build_model(checkpoint, path, data_norm).to(device)
-
-
-def load_original(path: Path, device: torch.device, config: Config | None = None) -> SRNetwork:
-    """:func:`load_model` for original networks; UserError where it is not one."""
-    model = load_model(path, device, config)
-    if not isinstance(model, SRNetwork) or model.no_upsampling:
-        raise UserError(f"checkpoint {path} is not an original super-resolution network")
-    return model
-
-
-def load_pcsr(path: Path, device: torch.device, config: Config | None = None) -> PCSR:
-    """:func:`load_model` for PCSR models of any phase; UserError where it is not one."""
-    model = load_model(path, device, config)
-    if not isinstance(model, PCSR):
-        raise UserError(f"checkpoint {path} is not a PCSR model")
-    return model
 
 
 def _common_scale(lr_size: tuple[int, int], size: tuple[int, int]) -> float:

@@ -2,14 +2,13 @@
 
 import logging
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.checkpoints import all_paths, later_paths
 from engine.recorder import METRICS_NAME
 from engine.start import Start
-from utils.atomic import write_text
+from utils.atomic import new_aside, write_text
 from utils.config import Config, dump_yaml
 from utils.log import add_file
 
@@ -74,20 +73,11 @@ def set_aside_later(save_dir: Path, iteration: int) -> Path | None:
 
 def _move(paths: Sequence[Path], save_dir: Path) -> Path:
     """Move files to a new folder in the run's, and return that."""
-    kept = _new_name(save_dir / time.strftime("before-%Y%m%d-%H%M%S"))
+    kept = new_aside(save_dir)
     kept.mkdir()
     for path in paths:
         path.rename(kept / path.name)
     return kept
-
-
-def _new_name(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that is free."""
-    name, number = path, 1
-    while name.exists():
-        number += 1
-        name = path.with_name(f"{path.name}-{number}")
-    return name
 
 
 def _log_changes(config: Config, start: Start) -> None:

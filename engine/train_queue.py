@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.jobs import FAILED, ROOT, Job, train_all
 from engine.parts import pack, unpack
 from engine.stop import StopSignal
+from utils.atomic import new_aside
 from utils.cli import EXIT_USER_ERROR, Parser, positive_float, run
 from utils.config import load_config
 from utils.errors import UserError
@@ -69,8 +70,11 @@ def _pack_command(args: argparse.Namespace) -> int:
 
 
 def _unpack_command(args: argparse.Namespace) -> int:
-    written, there = unpack(args.input, args.output)
+    aside = new_aside(args.output) if args.replace else None
+    written, there = unpack(args.input, args.output, aside)
     print(f"{args.output}: {written} files written, {there} were there already")
+    if aside is not None and aside.exists():
+        print(f"{aside}: the files that they replace")
     return 0
 
 
@@ -158,7 +162,8 @@ def _add_parts(commands: "argparse._SubParsersAction[Parser]") -> None:
     packing.set_defaults(run=_pack_command)
     unpacking = commands.add_parser(
         "unpack",
-        description="Verify parts and write their files. Files that are there stay.",
+        description="Verify parts and write their files. Files that are there stay; if one of them "
+        "has other content, nothing is written.",
         example="python -m engine.train_queue unpack --input parts --output load",
     )
     unpacking.add_argument(
@@ -170,6 +175,12 @@ def _add_parts(commands: "argparse._SubParsersAction[Parser]") -> None:
         required=True,
         metavar="DIR",
         help="For the folders that were packed.",
+    )
+    unpacking.add_argument(
+        "--replace",
+        action="store_true",
+        help="Move files that are there with other content to before-<time>/ in --output, and put "
+        "the new ones in their place.",
     )
     unpacking.set_defaults(run=_unpack_command)
 

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from models.native import library
@@ -138,7 +136,7 @@ class AdaptiveRouting:
                 f"--adaptive works with 2 upsamplers and this model has {len(log_costs_M)}: use --k"
             )
         scores = HeavyScores(margins_BKHW)
-        threshold = lloyd_threshold(*scores.histogram().cpu().numpy())
+        threshold = lloyd_threshold(scores.histogram().cpu())
         classes = _all_light(margins_BKHW)
         chunks = classes.view(-1).split(_chunk_pixels(classes))
         for chunk, of_chunk in zip(chunks, scores, strict=True):
@@ -199,7 +197,7 @@ def _chunk_pixels(like: Tensor) -> int:
     return _CHUNK_PIXELS if like.device.type == "cpu" else _DEVICE_CHUNK_PIXELS
 
 
-def lloyd_threshold(counts: NDArray[np.float64], sums: NDArray[np.float64]) -> float:
+def lloyd_threshold(histogram_2N: Tensor) -> float:
     """Two clusters by Lloyd's iterations, as the threshold between them.
 
     In one dimension an assignment is a threshold half-way between the centroids. They start at 0
@@ -208,21 +206,22 @@ def lloyd_threshold(counts: NDArray[np.float64], sums: NDArray[np.float64]) -> f
     What counts is the last assignment, not the centroids computed from it.
 
     Args:
-        counts, sums: scores in groups of ascending value: how many, and the sum of their values.
-            A group goes to one cluster as a whole, so its width is the precision. Empty groups
-            are fine.
+        histogram_2N: float64 on the CPU: how many scores there are from n/N to (n + 1)/N, and
+            their sum. They go to one cluster as a whole, so 1/N is the precision.
 
     Returns:
         the last threshold; scores above it make up the upper cluster.
     """
-    filled = counts > 0
-    values = sums[filled] / counts[filled]
-    counts_below = np.concatenate([[0.0], np.cumsum(counts[filled])])
-    sums_below = np.concatenate([[0.0], np.cumsum(sums[filled])])
+    bins = histogram_2N.shape[1]
+    counts, sums = histogram_2N.numpy()
+    # With a 0 before the first: what is below each bin.
+    counts_below, sums_below = torch.nn.functional.pad(histogram_2N.cumsum(1), (1, 0)).numpy()
     light, heavy = 0.0, float(sums_below[-1] / counts_below[-1])
     for _ in range(_LLOYD_STEPS):
         threshold = (light + heavy) / 2
-        split = int(np.searchsorted(values, threshold, side="right"))
+        # The bin that it falls into; of NaN, for which no comparison holds, the first.
+        split = min(int(threshold * bins), bins - 1) if threshold > 0 else 0
+        split += bool(_mean(sums[split], counts[split]) <= threshold)
         below = _mean(sums_below[split], counts_below[split])
         above = _mean(sums_below[-1] - sums_below[split], counts_below[-1] - counts_below[split])
         moved = (below - light) ** 2 + (above - heavy) ** 2

@@ -13,14 +13,16 @@ from torch import Tensor
 import models
 from engine.budget import Budget, BudgetPlan, OriginalCost
 from engine.inference_words import add_routing_words, routing_from
-from engine.restore import Patches, PcsrRestorer, load_pcsr
+from engine.loading import load_pcsr
+from engine.restore import Patches, PcsrRestorer
 from engine.timing import ImageTimes, PixelTimes, TimedRouting, measure_times
 from models.backbones.base import SRNetwork
 from models.budget import BudgetRouting, raise_order
-from models.cost import ImageCost, UpsamplingCost, count_rows
+from models.cost import ImageCost, UpsamplingCost, count_rows, count_rows_above
 from models.fast import FastEngine
 from models.grid import PixelGrid
-from models.inference import Engine, super_resolve, super_resolve_patches
+from models.inference import Engine, super_resolve
+from models.patches import super_resolve_patches
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import KRouting
@@ -75,7 +77,9 @@ def one_by_one(
 @pytest.mark.parametrize("strip", [0.0, 7.0])
 @pytest.mark.parametrize("steps", [None, 2, 0], ids=["distinct", "ties", "all-equal"])
 def test_largest_margins_first_then_pixel_order(upsamplers, strip, steps, monkeypatch) -> None:
-    monkeypatch.setattr("models.budget._GATHERED", 9)
+    # So that a small image is searched as a large one is.
+    for name, value in (("GATHERED", 9), ("GATHERED_AT_ONCE", 3), ("ENOUGH", 20), ("GUESSES", 4)):
+        monkeypatch.setattr(f"models.budget._{name}", value)
     generator = torch.Generator().manual_seed(0)
     margins = torch.randn(2, upsamplers - 1, 7, 5, generator=generator).cumsum(1)
     if steps is not None:
@@ -109,6 +113,28 @@ def test_more_budget_never_lowers_a_class() -> None:
     assert all((after >= before).all() for before, after in pairwise(maps))
     assert not maps[0].any()
     assert (maps[-1] == 2).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0], ids=["even", "normal", "heavy-tailed"])
+def test_a_search_looks_at_the_image_a_few_times(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    def count(maps: Tensor, thresholds: list[float]) -> np.ndarray:
+        looks.append(thresholds)
+        return count_rows_above(maps, thresholds)
+
+    monkeypatch.setattr("models.budget.count_rows_above", count)
+    generator = torch.Generator().manual_seed(0)
+    margins = torch.rand(1, 1, 600, 500, generator=generator)
+    if spread:
+        margins = (spread * torch.randn(1, 1, 600, 500, generator=generator)).sinh()
+    cost = some_cost(600, 2, strip=100.0)
+    for share in (0.03, 0.5, 0.97):
+        looks.clear()
+        BudgetRouting(cost, between(cost, (600, 500), share)).classes(margins, (-2.0, -1.0))
+        assert len(looks) <= 8
 
 
 def test_equal_costs_and_pixels_without_a_margin() -> None:

@@ -24,7 +24,8 @@ from engine.demo.enlarge import Enlarger
 from engine.demo.files import result_stems
 from engine.demo.models import load_demo_pcsr
 from engine.demo.words import make_parser
-from engine.restore import PcsrRestorer, load_original, load_pcsr
+from engine.loading import load_original, load_pcsr
+from engine.restore import PcsrRestorer
 from engine.samples import EvaluationSet, ImagePaths
 from models.pcsr import PCSR
 from models.routing import AdaptiveRouting, KRouting

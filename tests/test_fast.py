@@ -12,9 +12,10 @@ from models import native
 from models.backbones.base import SRNetwork
 from models.compiled import CompiledEncoder
 from models.fast import FastEngine
-from models.inference import Engine, SRResult, super_resolve, super_resolve_patches
+from models.inference import Engine, SRResult, super_resolve
 from models.native_engine import NativeEngine
 from models.optimized import OptimizedOriginal
+from models.patches import super_resolve_patches
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing

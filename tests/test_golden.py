@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from engine.conventions import Conventions
 from engine.evaluation import bicubic
-from engine.restore import OriginalRestorer, PcsrRestorer, Restored, load_original, load_pcsr
+from engine.loading import load_original, load_pcsr
+from engine.restore import OriginalRestorer, PcsrRestorer, Restored
 from engine.samples import EvaluationSample, EvaluationSet, ImagePaths
 from models.grid import PixelGrid
 from models.pcsr import PCSR

@@ -8,7 +8,8 @@ import torch
 
 from models import kernels
 from models.grid import PixelGrid
-from models.inference import SRResult, super_resolve, super_resolve_patches
+from models.inference import SRResult, super_resolve
+from models.patches import super_resolve_patches
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing

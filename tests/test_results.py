@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.results.lessons import JUDGE, TOLERANCE_DB, cheapest
+from benchmarks.results.lessons import (
+    JUDGE,
+    PAYS,
+    TOLERANCE_DB,
+    cheapest,
+    lessons_text,
+    recommended,
+)
 from benchmarks.results.pages import CARD, README, replaced, texts
 from benchmarks.results.pictures import drawn_with, path_of
 from benchmarks.results.subjects import (
@@ -17,6 +24,7 @@ from benchmarks.results.subjects import (
     chosen,
     read_json,
     routing_of,
+    stale_files,
     write_figures,
 )
 from benchmarks.results.tables import (
@@ -95,14 +103,35 @@ def test_lessons_choose_the_cheapest_good_routing(subject: Subject) -> None:
     assert all(rows[key]["flops_executed"] >= chosen_flops for key in good)
 
 
+@pytest.mark.parametrize("subject", measured_subjects(), ids=lambda subject: subject.name)
+def test_lessons_recommend_what_pays(subject: Subject) -> None:
+    page = lessons_text()
+    verdicts, advice = page.split("## Where routing pixels pays")[1].split("## What to use")
+    line = next(each for each in verdicts.splitlines() if each.startswith(f"| {subject.title} |"))
+    advised = next(each for each in advice.splitlines() if each.startswith(f"| {subject.title} |"))
+    pays = line.endswith(f"| {PAYS} |")
+    assert pays == (advised.count("the original:") < 2)
+    assert recommended(subject) == cheapest(subject) or pays
+
+
+def test_figures_of_other_weights_are_named(tmp_path, monkeypatch) -> None:
+    assert stale_files() == []
+    monkeypatch.setattr("benchmarks.results.subjects.FIGURES", tmp_path)
+    (tmp_path / "carn.json").write_text('{"original": {"sha256": "1"}, "pcsr": {"sha256": "2"}}')
+    assert stale_files() == [tmp_path / "carn.json"]
+
+
 @pytest.mark.parametrize("key", ["k0", "adm", "way25", "heavy"])
 def test_rerouted_image_is_what_a_run_gives(key: str) -> None:
     model = make_model("carn", 2)
     lr = torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0))
     restorer = PcsrRestorer(model)
     routing = routing_of(key, restorer, (20, 24), (80, 96))
-    found = ReroutedImage(restorer, lr, (80, 96))(routing)
+    image = ReroutedImage(restorer, lr, (80, 96))
+    found = image(routing)
     expected = PcsrRestorer(model, routing)(lr, (80, 96))
+    unrefined = PcsrRestorer(model, routing, refinement=False)(lr, (80, 96))
+    torch.testing.assert_close(image(routing, refinement=False).sr, unrefined.sr, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.sr, expected.sr, atol=1e-5, rtol=0)
     assert found.classes is not None and expected.classes is not None
     assert torch.equal(found.classes, expected.classes)

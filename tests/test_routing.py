@@ -112,7 +112,7 @@ def test_adaptive_without_spread_is_light(size: tuple[int, int], value: float) -
 
 def test_adaptive_separates_two_values() -> None:
     scores = HeavyScores(torch.tensor([-1.0, 3.0, -1.0]).view(1, 1, 1, 3))
-    assert 0 < lloyd_threshold(*scores.histogram().numpy()) < 1
+    assert 0 < lloyd_threshold(scores.histogram()) < 1
 
 
 def test_adaptive_is_for_two_upsamplers() -> None:

@@ -1,8 +1,10 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import itertools
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,3 +73,13 @@ def remove_leftovers(path: str | Path) -> None:
     path = Path(path)
     for temporary in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
         temporary.unlink(missing_ok=True)
+
+
+def new_aside(folder: Path) -> Path:
+    """A name in `folder` for what has to make way: before-<time>, or before-<time>-2, ...
+
+    Nothing of that name is there, and nothing is made.
+    """
+    first = folder / time.strftime("before-%Y%m%d-%H%M%S")
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([first], others) if not path.exists())

@@ -11,7 +11,7 @@ from benchmarks.results.pages import render
 from benchmarks.results.pictures import draw_crops
 from benchmarks.results.quality import measure_bicubic, measure_subject
 from benchmarks.results.speed import measure_speed
-from benchmarks.results.subjects import SETS, SUBJECTS, Subject, chosen
+from benchmarks.results.subjects import SETS, SUBJECTS, Subject, chosen, stale_files
 from benchmarks.results.target import target_text
 from utils.allocator import keep_freed_blocks
 from utils.cli import (
@@ -97,6 +97,11 @@ def main() -> int:
         for path in render():
             print(path)
         print(target_text())
+        for path in stale_files():
+            print(
+                f"warning: {path.name} is of other weights than those in save/: measure it again",
+                file=sys.stderr,
+            )
     if failed:
         print(f"error: not measured: {'; '.join(failed)}", file=sys.stderr)
     return EXIT_USER_ERROR if failed else 0
@@ -115,6 +120,9 @@ def _measure(args: argparse.Namespace) -> list[str]:
     failed = []
     for subject in subjects:
         weights = subject.weights(args.official)
+        if weights[1] is None and subject.is_official and args.official is not None:
+            failed.append(f"{subject.name}: --official {args.official} has no {subject.pcsr}.pth")
+            continue
         if weights[1] is None:
             print(f"{subject.name}: no weights of {subject.pcsr}, left out", flush=True)
             continue

@@ -25,6 +25,7 @@ from benchmarks.results.tables import (
     table,
 )
 from benchmarks.results.target import target_text
+from benchmarks.results.trainings import patches_seen
 from utils.errors import UserError
 
 # A picture's best all-round judge: a hundred photographs.
@@ -32,6 +33,7 @@ JUDGE = SETS[-1]
 # Nobody sees less.
 TOLERANCE_DB = 0.03
 _PARTS = tuple(key for key in ROUTINGS if key.startswith("way"))
+PAYS = "pays"
 _WORDS = {"k0": "--k 0", "adm": "--adaptive"}
 
 _TEXT = """# What the figures teach
@@ -43,14 +45,17 @@ weights that are released. All of it is x4 on {judge}; tables of all sets are on
 
 ## Where routing pixels pays
 
-The cheapest routing that stays within {tolerance} dB of the same network all-heavy:
+The cheapest routing that pays and stays within {tolerance} dB of the same network all-heavy; where
+none pays, the cheapest that does the latter:
 
 {verdicts}
 
 "Pays" means: cheaper than the original network, in executed FLOPs and on the clock, and at most
 {tolerance} dB below it. The clock is that of the original after the graph optimisations that PCSR's
 engine has (folded batch norms, channels-last, the backbone by the same CPU kernels), not of its
-slower published form.
+slower published form. Networks were not trained for equally long (patches seen: iterations times
+batch; `+`: beside those of the weights it began with, which the [model card](../save/README.md)
+names): "costs quality" where PCSR saw fewer than its original speaks of the training, too.
 
 {target}
 
@@ -76,6 +81,12 @@ slower published form.
    FLOPs (between the two nearest budgets) its PSNR differs from a budget's by {spread}.
    With {gains_of}, the last quarter of the way to all-heavy gives {last_quarter} dB, the first
    {first_quarter} dB.
+5. **Refinement.** All of it is with refinement, which is on by default: a pixel beside one of a
+   heavier upsampler becomes the mean of its 3x3 neighbours. It smooths borders, and blurs where
+   heavy pixels lie scattered, as they do at small budgets. What switching it off
+   (`--no_refinement`) gains, in dB:
+
+{refinement}
 
 ## What to use
 
@@ -105,6 +116,7 @@ def lessons_text() -> str:
         gains_of=carn.title,
         first_quarter=_gain(carn, "light", "way25"),
         last_quarter=_gain(carn, "way75", "heavy"),
+        refinement=_indented(_refinement(subjects)),
         advice=_advice(subjects),
     )
 
@@ -112,6 +124,12 @@ def lessons_text() -> str:
 def cheapest(subject: Subject) -> str:
     """The routing with the fewest FLOPs that stays within the tolerance of all-heavy."""
     return _good(subject, ROUTINGS)[0]
+
+
+def recommended(subject: Subject) -> str:
+    """The cheapest routing of those within the tolerance that pays; else the cheapest of them."""
+    good = _good(subject, ROUTINGS)
+    return next((key for key in good if _verdict(subject, key) == PAYS), good[0])
 
 
 def _good(subject: Subject, keys: Iterable[str]) -> list[str]:
@@ -123,10 +141,10 @@ def _good(subject: Subject, keys: Iterable[str]) -> list[str]:
 
 def _verdicts(subjects: Sequence[Subject]) -> str:
     titles = ["weights", "original", "all-heavy", "routing", "PSNR RGB", "of the original's FLOPs"]
-    titles += ["of the optimised original's time", "verdict"]
+    titles += ["of the optimised original's time", "patches seen: original", "PCSR", "verdict"]
     lines = []
     for subject in subjects:
-        key = cheapest(subject)
+        key = recommended(subject)
         quality = [
             row_of(subject, JUDGE, each).get("psnr_rgb") for each in ("original", "heavy", key)
         ]
@@ -139,6 +157,7 @@ def _verdicts(subjects: Sequence[Subject]) -> str:
                 decibels(quality[2]),
                 percent(share_of_original(subject, JUDGE, key)),
                 percent(share_of_time(subject, key)),
+                *_patches_seen(subject),
                 _verdict(subject, key),
             ]
         )
@@ -150,10 +169,10 @@ def _verdict(subject: Subject, key: str) -> str:
         return "costs quality"
     time = share_of_time(subject, key)
     if time is None:
-        words = "pays" if _saves_flops(subject, key) else "does not pay"
+        words = PAYS if _saves_flops(subject, key) else "does not pay"
         return f"{words} in FLOPs, time not measured"
     if _saves_flops(subject, key):
-        return "pays" if time < 1 else "pays in FLOPs, not on the clock"
+        return PAYS if time < 1 else "pays in FLOPs, not on the clock"
     return "pays on the clock only" if time < 1 else "does not pay"
 
 
@@ -217,7 +236,7 @@ def _counted(subjects: Sequence[Subject]) -> str:
 
 
 def _reshaped(small: Subject) -> str:
-    key = cheapest(small)
+    key = recommended(small)
     original, chosen = (row_of(small, JUDGE, each).get("psnr_rgb") for each in ("original", key))
     return (
         f"Sized by executed FLOPs\n"
@@ -227,6 +246,28 @@ def _reshaped(small: Subject) -> str:
         f"{LABELS[key].removeprefix('PCSR, ')}: {decibels(chosen)} dB where FSRCNN has "
         f"{decibels(original)} dB."
     )
+
+
+def _patches_seen(subject: Subject) -> list[str]:
+    """By original and by PCSR's phase 0, in millions; the official ones' are not known."""
+    phase0 = subject.pcsr.replace("phase1", "phase0")
+    if subject.is_official:
+        return [NONE, NONE]
+    return [patches_seen(config) for config in (subject.original, phase0)]
+
+
+def _refinement(subjects: Sequence[Subject]) -> str:
+    keys = [key for key in ("k0", "adm", *_PARTS) if key in ROUTINGS]
+    lines = []
+    for subject in subjects:
+        rows = [row_of(subject, JUDGE, key) for key in keys]
+        gains = [
+            row["psnr_rgb_unrefined"] - row["psnr_rgb"] if "psnr_rgb_unrefined" in row else None
+            for row in rows
+        ]
+        lines.append([subject.title, *(NONE if gain is None else f"{gain:+.3f}" for gain in gains)])
+    titles = ["weights", *(LABELS[key].removeprefix("PCSR, ") for key in keys)]
+    return table(titles, lines, left=1)
 
 
 def _spread(subjects: Sequence[Subject]) -> str:

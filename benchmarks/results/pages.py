@@ -4,7 +4,6 @@ A page that people write holds a rendered part between two comments: what is bet
 """
 
 import re
-from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.results import curves, pictures
@@ -16,29 +15,21 @@ from benchmarks.results.subjects import (
     RESULTS,
     ROOT,
     SETS,
-    SUBJECTS,
     Subject,
     read_json,
 )
 from benchmarks.results.tables import (
-    NONE,
     measured_subjects,
     quality_table,
     speed_table,
-    table,
     weights_table,
 )
+from benchmarks.results.trainings import training_table
 from utils.atomic import write_text
-from utils.config import Config, load_config
 from utils.errors import UserError
-from utils.run_metrics import METRICS_NAME, read_rows
 
 README = ROOT / "README.md"
 CARD = ROOT / "save" / "README.md"
-# Device, processes and iterations, in the log line that a run starts with.
-_STARTED = re.compile(
-    r"^\d{4}\S* \S+ \S+ on (\S+) x (\d+), .* iterations (\d+) to (\d+)$", re.MULTILINE
-)
 
 _HEAD = """# Results
 
@@ -59,15 +50,20 @@ published tables count them, *executed* as run by the compiled CPU kernels (plai
 layers, and executes up to a fifth more), and the share of the original is of executed ones.
 A budget "25 % of the way" lies a quarter of the way from all-light to all-heavy, in executed
 FLOPs, for every image alike. Rows of official weights are measured with the published checkpoints,
-which are not in this repository (`make results OFFICIAL=DIR` measures them again).
+which are not in this repository (`make results OFFICIAL=DIR` measures them again). Refinement is
+on; *unrefined* is the RGB PSNR without it. Times and memory differ between runs (memory by up to a
+quarter), all else comes out the same.
 """
 
 _SPEED = """Medians of {rounds} rounds in turn on one picture, LR {width}x{height} to
-{out_width}x{out_height}, fp32, on {machine}, threads: {threads}, torch {torch}. *Of the
-optimised* is the time over that of the original network after the same graph optimisations as
-PCSR's fast engine. Memory is the peak of a process that does nothing else, libraries included. The
-last two columns are the mean over every {every}th image of {timed_set} (medians of {image_rounds}
-rounds); FLOPs are of the picture.
+{out_width}x{out_height}, fp32, on {machine} ({cores} cores, {capability}, {ram:.0f} GiB), threads:
+{threads}, torch {torch}. The picture is [chelsea](../examples/LICENSE.md), shrunk and mirrored to
+fill the size: a soft one, of which `k = 0` finds fewer pixels heavy than of the benchmark's.
+*Of the optimised* is the time over that of the original network after the same graph optimisations
+as PCSR's fast engine. Memory is the peak of a process that does nothing else, libraries included;
+it depends on whether an image is routed as a whole (ADM, budgets) or not, and was measured once for
+each. The last two columns are the mean over every {every}th image of {timed_set} (medians of
+{image_rounds} rounds); FLOPs are of the picture.
 """
 
 
@@ -132,79 +128,6 @@ def results_text() -> str:
     return "\n".join(parts)
 
 
-def training_table() -> str:
-    """How the released weights were trained, from what is beside them."""
-    titles = ["config", "iterations", "batch", "LR patch", "learning rate", "routing loss"]
-    titles += ["precision", "device", "hours", "validation"]
-    names = [
-        name
-        for subject in SUBJECTS
-        for name in (
-            subject.original,
-            subject.pcsr.replace("phase1", "phase0"),
-            subject.pcsr,
-        )
-    ]
-    lines = [
-        _training_line(name)
-        for name in dict.fromkeys(names)
-        if (ROOT / "save" / name / "release.config.yaml").is_file()
-    ]
-    return table(titles, lines, left=1)
-
-
-def _training_line(name: str) -> list[str]:
-    folder = ROOT / "save" / name
-    config = load_config(folder / "release.config.yaml")
-    rows, _ = read_rows(folder / f"release.{METRICS_NAME}")
-    trained = [row for row in rows if row["kind"] == "train"]
-    # Once: valid_x4_sr.
-    valid = [row for row in rows if row["kind"].startswith("valid")]
-    last = [row["psnr"] for row in valid if row["iteration"] == valid[-1]["iteration"]]
-    starts = [0, *(row["iteration"] for row in trained)]
-    seconds = sum(
-        (last - first) / row["iterations_per_s"]
-        for (first, last), row in zip(pairwise(starts), trained, strict=True)
-    )
-    assert config.train_dataset is not None and config.optimizer is not None
-    log = (folder / "release.log.txt").read_text(encoding="utf-8")
-    starts_logged = list(_STARTED.finditer(log))
-    # A start at the end trains nothing: it only validates.
-    places = sorted({(match[1], match[2]) for match in starts_logged if match[3] != match[4]})
-    return [
-        f"`{name}`",
-        str(trained[-1]["iteration"] if trained else 0),
-        str(config.train_dataset.batch_size),
-        str(config.train_dataset.wrapper["args"].get("inp_size", NONE)),
-        _rates(config),
-        _routing_loss(config),
-        config.precision,
-        ", ".join(f"{device} x {count}" for device, count in places) or NONE,
-        f"{seconds / 3600:.2f}",
-        f"{last[0]:.2f} dB" if last else NONE,
-    ]
-
-
-def _rates(config: Config) -> str:
-    """The learning rate that each cosine starts from, and where."""
-    assert config.optimizer is not None and config.lr_scheduler is not None
-    first, args = config.optimizer["args"]["lr"], config.lr_scheduler["args"]
-    restarts = zip(args.get("restarts", ()), args.get("weights", ()), strict=False)
-    # A restart at the very end restarts nothing.
-    later = [f"{first * w:g} from {at}" for at, w in restarts if at < config.iter_max]
-    return ", ".join([f"{first:g}", *later])
-
-
-def _routing_loss(config: Config) -> str:
-    """That of phase 1, with its arguments."""
-    if config.phase != 1:
-        return NONE
-    if config.routing_loss is None:
-        return "published"
-    args = config.routing_loss.get("args", {})
-    return ", ".join([config.routing_loss["name"], *(f"{k} {v}" for k, v in args.items())])
-
-
 def _speed_text(subjects: list[Subject]) -> str:
     heads = [_speed_head(subject) for subject in subjects]
     titles = [f"### {subject.title}\n" for subject in subjects]
@@ -230,6 +153,9 @@ def _speed_head(subject: Subject) -> str:
         out_width=4 * picture["lr_width"],
         out_height=4 * picture["lr_height"],
         machine=machine["device_name"],
+        cores=machine["usable_cores"],
+        capability=machine["cpu_capability"],
+        ram=machine["ram_bytes"] / 2**30,
         threads=machine["torch_threads"],
         torch=machine["torch"],
         every=EVERY,

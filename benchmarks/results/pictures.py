@@ -16,7 +16,8 @@ from PIL import Image
 from benchmarks.results.subjects import CONVENTIONS, RESULTS, ROOT, SCALE, Subject, identities
 from datasets.resize import imresize
 from engine.demo.compare import crop_centre
-from engine.restore import OriginalRestorer, PcsrRestorer, load_original, load_pcsr
+from engine.loading import load_original, load_pcsr
+from engine.restore import OriginalRestorer, PcsrRestorer
 from models.routing import KRouting
 from utils.atomic import replace_file
 from utils.colour import blend_classes

@@ -25,8 +25,9 @@ from benchmarks.results.subjects import (
     write_figures,
 )
 from engine.evaluation import bicubic
+from engine.loading import load_original, load_pcsr
 from engine.rerouted import ReroutedImage
-from engine.restore import PcsrRestorer, Restored, load_original, load_pcsr
+from engine.restore import PcsrRestorer, Restored
 from engine.samples import EvaluationSample, EvaluationSet, ImagePaths
 from utils.checkpoint import RELEASE_NAME, load_checkpoint
 from utils.config import load_config
@@ -120,8 +121,13 @@ def _routed(restorer: PcsrRestorer, sample: EvaluationSample, lr: Tensor) -> Row
     lr_size = (lr.shape[-2], lr.shape[-1])
     rows = {}
     for key in ROUTINGS:
-        restored = image(routing_of(key, restorer, lr_size, sample.size))
-        rows[key] = {**quality_of(restored.sr, sample), **_cost_of(restored)}
+        routing = routing_of(key, restorer, lr_size, sample.size)
+        restored, unrefined = (image(routing, refinement=each) for each in (True, False))
+        rows[key] = {
+            **quality_of(restored.sr, sample),
+            "psnr_rgb_unrefined": quality_of(unrefined.sr, sample)["psnr_rgb"],
+            **_cost_of(restored),
+        }
     return rows
 
 
@@ -149,6 +155,8 @@ def _measure_sets(
     before = read_json(path)
     is_same = {key: before.get(key) for key in about} == dict(about)
     measured = dict(before.get("sets", {})) if is_same else {}
+    if before.get("sets") and not is_same:
+        print(f"{path.name}: its figures were of other weights and go, those of all sets")
     for name in sets:
         folder = data / name / "HR"
         if not folder.is_dir():

@@ -143,6 +143,19 @@ def identity(path: Path) -> dict[str, Any]:
     }
 
 
+def stale_files() -> list[Path]:
+    """Files of figures that were measured with other weights than those in save/."""
+    stale = []
+    for subject in SUBJECTS:
+        released = identities(subject.weights(None))
+        for path in (subject.figures_path, subject.speed_path):
+            content = read_json(path)
+            found = {key: content.get(key, {}).get("sha256") for key in released}
+            if content and found != {key: about["sha256"] for key, about in released.items()}:
+                stale.append(path)
+    return stale
+
+
 def identities(weights: tuple[Path | None, Path | None]) -> dict[str, dict[str, Any]]:
     """The identity of original and PCSR, of those that are given."""
     named = zip(("original", "pcsr"), weights, strict=True)

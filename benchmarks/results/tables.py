@@ -57,8 +57,8 @@ def share_of_time(subject: Subject, key: str) -> float | None:
 
 def quality_table(name: str) -> str:
     """All networks on one set."""
-    titles = ["weights", "routing", "PSNR RGB", "PSNR Y", "SSIM Y", "GFLOPs, paper"]
-    titles += ["GFLOPs, executed", "of the original", "heavy pixels"]
+    titles = ["weights", "routing", "PSNR RGB", "unrefined", "PSNR Y", "SSIM Y"]
+    titles += ["GFLOPs, paper", "GFLOPs, executed", "of the original", "heavy pixels"]
     bicubic = read_json(BICUBIC_PATH)["sets"][name]["rows"]["bicubic"]
     lines = [["bicubic", "", *_quality_cells(bicubic), "", "", "", ""]]
     for subject in measured_subjects():
@@ -168,4 +168,10 @@ def giga(flops: float) -> str:
 
 
 def _quality_cells(row: Figures) -> list[str]:
-    return [decibels(row["psnr_rgb"]), decibels(row["psnr_y"]), f"{row['ssim_y']:.4f}"]
+    unrefined = row.get("psnr_rgb_unrefined")
+    return [
+        decibels(row["psnr_rgb"]),
+        "" if unrefined is None else decibels(unrefined),
+        decibels(row["psnr_y"]),
+        f"{row['ssim_y']:.4f}",
+    ]

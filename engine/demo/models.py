@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from engine.restore import OriginalRestorer, load_original, load_pcsr
+from engine.loading import load_original, load_pcsr
+from engine.restore import OriginalRestorer
 from models.pcsr import PCSR
 from utils.checkpoint import find_weights, load_checkpoint
 from utils.config import load_config

@@ -1,0 +1,51 @@
+"""Models for inference from their checkpoints, checked."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+from models.backbones.base import SRNetwork
+from models.pcsr import PCSR
+from utils.checkpoint import build_model, check_same_model, load_checkpoint
+from utils.config import Config
+from utils.errors import UserError
+
+
+def load_model(path: Path, device: torch.device, config: Config | None = None) -> nn.Module:
+    """Build a checkpoint's model with its weights, in eval mode on `device`.
+
+    Args:
+        config: where given, the checkpoint must be of its model (a PCSR checkpoint may be of
+            either phase), and its `data_norm` serves checkpoints that hold none.
+
+    Raises:
+        UserError: see `utils.checkpoint`.
+    """
+    checkpoint = load_checkpoint(path)
+    data_norm = None
+    if config is not None:
+        # Built to be checked: the checkpoint's spec would hide a misspelt argument.
+        models.make(config.model, data_norm=config.data_norm)
+        check_same_model(config.model, checkpoint["model"], path)
+        data_norm = config.data_norm
+        if "name" not in checkpoint["model"]:
+            checkpoint["model"] = {**config.model, "sd": checkpoint["model"]["sd"]}
+    return build_model(checkpoint, path, data_norm).to(device)
+
+
+def load_original(path: Path, device: torch.device, config: Config | None = None) -> SRNetwork:
+    """:func:`load_model` for original networks; UserError where it is not one."""
+    model = load_model(path, device, config)
+    if not isinstance(model, SRNetwork) or model.no_upsampling:
+        raise UserError(f"checkpoint {path} is not an original super-resolution network")
+    return model
+
+
+def load_pcsr(path: Path, device: torch.device, config: Config | None = None) -> PCSR:
+    """:func:`load_model` for PCSR models of any phase; UserError where it is not one."""
+    model = load_model(path, device, config)
+    if not isinstance(model, PCSR):
+        raise UserError(f"checkpoint {path} is not a PCSR model")
+    return model
