@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -121,13 +121,23 @@ def _of_backbone(backbone: str, paths: Iterable[Path]) -> Path | None:
     return next((path for path in paths if backbone_of(path) == backbone), None)
 
 
-@functools.cache
 def backbone_of(path: Path) -> str:
     """Registry name of the backbone, or of the original network, in a checkpoint."""
+    spec = _spec_of(path)
+    return str(spec["args"].get("encoder_spec", spec)["name"])
+
+
+def is_pcsr(path: Path) -> bool:
+    """Whether a checkpoint is of PCSR, not of an original network."""
+    return "encoder_spec" in _spec_of(path)["args"]
+
+
+@functools.cache
+def _spec_of(path: Path) -> dict[str, Any]:
     spec = load_checkpoint(path)["model"]
     if "name" not in spec:
         raise UserError(f"checkpoint {path} does not say which model it holds")
-    return str((spec.get("args") or {}).get("encoder_spec", spec)["name"])
+    return {"name": spec["name"], "args": spec.get("args") or {}}
 
 
 def _untrained(config: Config) -> torch.nn.Module:

@@ -27,6 +27,7 @@ from benchmarks.cases import (
     Source,
     backbone_of,
     cases_of,
+    is_pcsr,
     lr_size,
     make_routing,
 )
@@ -36,7 +37,14 @@ from engine.budget import OriginalCost
 from engine.inference_words import add_json_word, output_file
 from utils.allocator import keep_freed_blocks
 from utils.atomic import write_text
-from utils.cli import Parser, add_device_words, check_device_words, positive_int, run
+from utils.cli import (
+    EXIT_USER_ERROR,
+    Parser,
+    add_device_words,
+    check_device_words,
+    positive_int,
+    run,
+)
 from utils.device import pick_device, resolve_precision
 from utils.errors import UserError
 from utils.log import set_up
@@ -146,8 +154,12 @@ def _add_measuring(parser: Parser) -> None:
     )
 
 
-def main() -> None:
-    """Parse the command line, measure, print tables, write files."""
+def main() -> int:
+    """Parse the command line, measure, print tables, write files.
+
+    Returns:
+        the exit code: 2 where a case could not be run.
+    """
     args = parse_arguments()
     _check(args)
     set_up()
@@ -168,11 +180,13 @@ def main() -> None:
     }
     print(_machine_line(device, peaks), flush=True)
     rows: list[Row] = []
+    left_out = 0
     for shape in args.size:
         for source in sources:
             cases = cases_of(source.backbone, args.variants, args.routing, list(precisions))
             bench = Bench(source, device, shape, peaks, memory=not args.no_memory)
             rows += bench.run(cases, args.rounds)
+            left_out += bench.left_out
             if args.json is not None:
                 _write_json(args.json, rows)
     if not rows:
@@ -182,6 +196,9 @@ def main() -> None:
     print("\n" + LEGEND.format(memory=_MEMORY[not args.no_memory]), flush=True)
     if args.plot is not None:
         plots.measure_and_plot(sources, args.hr_data, args.plot, device, args.rounds)
+    if left_out:
+        print(f"error: {left_out} of the cases were left out, see above", file=sys.stderr)
+    return EXIT_USER_ERROR if left_out else 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -191,7 +208,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--plot and --hr_data go together: PSNR needs pictures to compare with")
     if args.plot is not None:
         plots.check(args.plot, args.json)
-    for paths in (args.weights, args.original_weights):
+    for paths, wanted in ((args.weights, True), (args.original_weights, False)):
+        for path in paths:
+            if is_pcsr(path) != wanted:
+                kinds = ("PCSR", "an original network")
+                one, other = kinds if is_pcsr(path) else kinds[::-1]
+                raise UserError(f"checkpoint {path} is of {one}, not of {other}")
         backbones = [backbone_of(path) for path in paths]
         for path, backbone in zip(paths, backbones, strict=True):
             if backbone not in args.backbone:

@@ -129,6 +129,9 @@ class Bench:
         lr_size: (h, w).
         peaks: FLOPs per second of a product of two matrices, by precision.
         memory: measure peak memory, too.
+
+    Attributes:
+        left_out: how many cases could not be run so far.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Bench:
         self.memory = memory
         self.networks = Networks(source, device)
         self.lr = picture(lr_size).to(device)
+        self.left_out = 0
 
     def run(self, cases: Sequence[Case], rounds: int) -> list[Row]:
         """Rows of the cases that can be run; prints why others cannot, and the table."""
@@ -161,6 +165,7 @@ class Bench:
             except (UserError, RuntimeError) as error:
                 if not _is_expected(error):
                     raise
+                self.left_out += 1
                 print(f"left out: {case}: {one_line(error)}", flush=True)
         times = round_robin(calls, rounds, lambda each: _followed(each, "rounds"))
         rows = [self._row(case, *measured, times) for case, measured in prepared.items()]

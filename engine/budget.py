@@ -37,6 +37,13 @@ _SUFFIXES: dict[str, tuple[Unit, float]] = {
     "s": ("seconds", 1),
 }
 
+# How amounts are written.
+_TYPED: dict[Unit, tuple[str, float]] = {
+    "share": ("", 1.0),
+    "flops": ("G", 1e9),
+    "seconds": ("ms", 1e-3),
+}
+
 # The published original network of each backbone, and its argument for the scale.
 _ORIGINALS: dict[str, tuple[dict[str, int], str]] = {
     "carn": ({"nf": 64}, "scale"),
@@ -78,11 +85,14 @@ class Budget:
             return f"budget {self.amount / 1e9:g} GFLOPs executed per image"
         return f"budget {self.amount * 1e3:g} ms per image"
 
+    def exactly(self) -> str:
+        """This amount as one would type it."""
+        suffix, factor = _TYPED[self.unit]
+        return f"{self.amount / factor:.12g}{suffix}"
+
     def format(self, amount: float) -> str:
         """Another amount as one would type it, rounded up to four digits."""
-        suffix, factor = {"share": ("", 1.0), "flops": ("G", 1e9), "seconds": ("ms", 1e-3)}[
-            self.unit
-        ]
+        suffix, factor = _TYPED[self.unit]
         value = amount / factor
         digit = 10.0 ** (math.floor(math.log10(value)) - 3)
         return f"{math.ceil(value / digit) * digit:.4g}{suffix}"
@@ -194,7 +204,7 @@ class BudgetPlan:
         amount, about = self.budget.amount * one, "about " * (self.budget.unit == "seconds")
         if amount < least:
             raise UserError(
-                f"--budget: {self.budget.format(self.budget.amount)} is too little; with the "
+                f"--budget: {self.budget.exactly()} is too little; with the "
                 f"lightest upsampler everywhere this image takes {about}"
                 f"{self.budget.format(least / one)}"
             )

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 from engine.budget import Budget, BudgetPlan, OriginalCost
-from engine.restore import ENGINES
+from engine.engines import ENGINES
 from models.reference import PIXEL_BATCH_SIZE
-from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
+from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing, check_adaptive
 from utils.cli import finite_float, positive_int
 from utils.errors import UserError
 
@@ -107,7 +107,8 @@ def routing_from(
         original: what a budget may be a share of.
 
     Raises:
-        UserError: words that exclude each other, or an upsampler that the model does not have.
+        UserError: words that exclude each other, that are for another number of upsamplers, or
+            name one that the model does not have.
     """
     check_exclusive(args)
     if args.upsampler is not None and args.upsampler >= upsamplers:
@@ -118,7 +119,10 @@ def routing_from(
         return FixedRouting(args.upsampler)
     if args.budget is not None:
         return BudgetPlan(args.budget, original)
-    return AdaptiveRouting() if args.adaptive else KRouting(args.k or 0.0)
+    if args.adaptive:
+        check_adaptive(upsamplers)
+        return AdaptiveRouting()
+    return KRouting(args.k or 0.0)
 
 
 def check_exclusive(args: argparse.Namespace) -> None:

@@ -5,20 +5,18 @@ Axes: h w LR, H W output, M upsamplers.
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from engine.budget import BudgetPlan
-from models import inference, kernels, native
+from engine.engines import EngineName, make_engine
+from engine.finite import check_finite, is_finite
+from models import inference
 from models.backbones.base import SRNetwork
-from models.compiled import CompiledEncoder
 from models.cost import ImageCost
-from models.fast import FastEngine
 from models.grid import PixelGrid
-from models.inference import Engine, SRResult, super_resolve
-from models.native_engine import NativeEngine
+from models.inference import SRResult, super_resolve
 from models.patches import (
     PATCH_BATCH_SIZE,
     PatchCanvas,
@@ -26,17 +24,13 @@ from models.patches import (
     super_resolve_patches,
 )
 from models.pcsr import PCSR
-from models.reference import PIXEL_BATCH_SIZE, ReferenceEngine
+from models.reference import PIXEL_BATCH_SIZE
 from models.routing import KRouting, Routing
-from utils.device import resolve_precision
 from utils.errors import UserError
 from utils.flops import PcsrCost, executed_flops, paper_flops
 from utils.machine import Timer
 
 _log = logging.getLogger(__name__)
-
-EngineName = Literal["fast", "reference"]
-ENGINES: tuple[EngineName, ...] = ("fast", "reference")
 
 
 @dataclass(frozen=True)
@@ -79,11 +73,15 @@ class OriginalRestorer:
     Args:
         model: built with `no_upsampling: false`, in eval mode, on its device.
         patches: work patch by patch; None for whole images.
+        checked: refuse outputs that hold NaN or infinity.
     """
 
-    def __init__(self, model: SRNetwork, patches: Patches | None = None) -> None:
+    def __init__(
+        self, model: SRNetwork, patches: Patches | None = None, *, checked: bool = True
+    ) -> None:
         self.model = model
         self.patches = patches
+        self.checked = checked
 
     @property
     def scale(self) -> int:
@@ -92,9 +90,15 @@ class OriginalRestorer:
 
     @torch.inference_mode()
     def __call__(self, lr: Tensor) -> Restored:
-        """`lr` (3, h, w) float RGB in [0, 1] on the model's device; SR is (3, scale h, scale w)."""
+        """`lr` (3, h, w) float RGB in [0, 1] on the model's device; SR is (3, scale h, scale w).
+
+        Raises:
+            UserError: an output that holds NaN or infinity, where that is checked.
+        """
         with Timer(lr.device) as timer:
             sr, encoded = (self._whole if self.patches is None else self._patched)(lr[None])
+        if self.checked:
+            check_finite(sr)
         count, *shape = encoded
         flops = [f(self.model, (1, *shape)) * count for f in (paper_flops, executed_flops)]
         return Restored(sr[0], None, [], flops[0], flops[1], timer.elapsed_s)
@@ -129,6 +133,8 @@ class PcsrRestorer:
         precision: "fp32", "bf16", "fp16" or "auto" (see `utils.device`); the reference engine
             works in fp32.
         compiled: the encoder by torch.compile.
+        checked: an output that holds NaN or infinity is computed again in fp32, with a warning,
+            and refused if it is no better.
     """
 
     def __init__(
@@ -142,6 +148,7 @@ class PcsrRestorer:
         engine: EngineName = "fast",
         precision: str = "fp32",
         compiled: bool = False,
+        checked: bool = True,
     ) -> None:
         self.model = model
         self.routing = routing or KRouting(0.0)
@@ -149,6 +156,9 @@ class PcsrRestorer:
         self.patches = patches
         self.engine = make_engine(model, engine, pixel_batch_size, precision, compiled=compiled)
         self.cost = PcsrCost.of(model)
+        self._checked = checked
+        self._pixel_batch_size = pixel_batch_size
+        self._exact: PcsrRestorer | None = None
         self._to_compile = compiled
         self._compiled: set[tuple[int, ...]] = set()
 
@@ -161,7 +171,11 @@ class PcsrRestorer:
 
     @torch.inference_mode()
     def __call__(self, lr: Tensor, size: tuple[int, int]) -> Restored:
-        """`lr` (3, h, w) float RGB in [0, 1] on the model's device to SR of `size` (H, W)."""
+        """`lr` (3, h, w) float RGB in [0, 1] on the model's device to SR of `size` (H, W).
+
+        Raises:
+            UserError: an output that holds NaN or infinity, where that is checked.
+        """
         # Counts the model once: not on the clock.
         self.cost.log_costs((lr.shape[-2], lr.shape[-1]), size)
         self._compile(lr)
@@ -170,6 +184,12 @@ class PcsrRestorer:
             routing = routing.routing_for(self, lr, size)
         with Timer(lr.device) as timer:
             result = self.run(lr, size, routing)
+        if self._checked and self.engine.dtype != torch.float32 and not is_finite(result.sr):
+            _log.warning("the image overflows in half precision: it is computed again in fp32")
+            with Timer(lr.device) as timer:
+                result = self._in_fp32().run(lr, size, routing)
+        if self._checked:
+            check_finite(result.sr)
         patches, *encoded = result.encoded_size
         encoded_size = (encoded[0], encoded[1])
         counts = result.pixel_counts
@@ -207,6 +227,17 @@ class PcsrRestorer:
             patch_batch_size=self.patches.batch_size,
             refinement=refinement,
         )
+
+    def _in_fp32(self) -> "PcsrRestorer":
+        """The same in fp32, for images that overflow in half precision."""
+        if self._exact is None:
+            self._exact = PcsrRestorer(
+                self.model,
+                refinement=self.refinement,
+                pixel_batch_size=self._pixel_batch_size,
+                patches=self.patches,
+            )
+        return self._exact
 
     def warm_up(self, lr: Tensor, size: tuple[int, int]) -> None:
         """Do once what is done only once, whatever budget there is for real images."""
@@ -248,46 +279,6 @@ class PcsrRestorer:
     def works_whole(self, lr_size: tuple[int, int]) -> bool:
         """Whether an image of (h, w) is run whole, not in patches."""
         return self.patches is None or max(lr_size) <= self.patches.size
-
-
-def make_engine(
-    model: PCSR,
-    name: EngineName = "fast",
-    pixel_batch_size: int = PIXEL_BATCH_SIZE,
-    precision: str = "fp32",
-    *,
-    compiled: bool = False,
-) -> Engine:
-    """The engine called `name`, holding at most `pixel_batch_size` pixels in an MLP at once.
-
-    Args:
-        compiled: the fast engine's encoder by torch.compile.
-
-    Raises:
-        UserError: the reference engine in another precision than fp32, or compiled.
-    """
-    dtype = resolve_precision(precision, model.norm.mean.device)
-    if name == "reference":
-        if dtype != torch.float32:
-            raise UserError(f"--engine reference works in fp32, not {precision}")
-        if compiled:
-            raise UserError("--engine reference is not compiled: leave --compile out")
-        return ReferenceEngine(model, pixel_batch_size=pixel_batch_size)
-    encoder = CompiledEncoder(model.encoder, dtype) if compiled else None
-    device = model.norm.mean.device
-    if device.type != "cpu" and kernels.available(device):
-        from models.fused import FusedEngine  # needs Triton
-
-        try:
-            return FusedEngine(model, dtype=dtype, encoder=encoder)
-        except UserError as error:
-            _log.warning("%s; plain torch is used instead", error)
-    if device.type == "cpu" and (library := native.library()) is not None:
-        try:
-            return NativeEngine(library, model, dtype=dtype, encoder=encoder)
-        except UserError as error:
-            _log.warning("%s; plain torch is used instead", error)
-    return FastEngine(model, chunk_px=pixel_batch_size, dtype=dtype, encoder=encoder)
 
 
 def _common_scale(lr_size: tuple[int, int], size: tuple[int, int]) -> float:

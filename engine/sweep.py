@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.conventions import Conventions
+from engine.finite import check_finite
 from engine.prepared import PreparedImage
 from engine.restore import PcsrRestorer
 from engine.samples import EvaluationSample
@@ -170,6 +171,8 @@ class _Swept:
             for index in range(len(self.log_costs))
         ]
         self.sr_M = [sr for sr, _ in uniform]
+        for sr in self.sr_M:
+            check_finite(sr)
         mixed = KRouting(0.0).classes(prepared.margins_BKHW, self.log_costs)
         _, mixed_s = prepared.upsample(mixed)
         self.pixel_times = PixelTimes.fit(

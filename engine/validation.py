@@ -112,13 +112,13 @@ def _rank_figures(
 def _restorers(model: nn.Module) -> dict[str, Restore]:
     if not isinstance(model, PCSR):
         assert isinstance(model, SRNetwork)
-        restorer = OriginalRestorer(model)
+        restorer = OriginalRestorer(model, checked=False)
         return {"sr": lambda lr, _size: restorer(lr)}
     if model.classifier is None:
-        return {"sr": PcsrRestorer(model, FixedRouting(-1), refinement=False)}
+        return {"sr": PcsrRestorer(model, FixedRouting(-1), refinement=False, checked=False)}
     return {
-        _BY_CLASSIFIER: PcsrRestorer(model, KRouting(0.0), refinement=False),
-        "heavy": PcsrRestorer(model, FixedRouting(-1), refinement=False),
+        _BY_CLASSIFIER: PcsrRestorer(model, KRouting(0.0), refinement=False, checked=False),
+        "heavy": PcsrRestorer(model, FixedRouting(-1), refinement=False, checked=False),
     }
 
 

@@ -131,10 +131,7 @@ class AdaptiveRouting:
     def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
         """See :class:`Routing`."""
         _check_count(margins_BKHW, log_costs_M)
-        if len(log_costs_M) != 2:
-            raise UserError(
-                f"--adaptive works with 2 upsamplers and this model has {len(log_costs_M)}: use --k"
-            )
+        check_adaptive(len(log_costs_M))
         scores = HeavyScores(margins_BKHW)
         threshold = lloyd_threshold(scores.histogram().cpu())
         classes = _all_light(margins_BKHW)
@@ -145,6 +142,18 @@ class AdaptiveRouting:
 
     def describe(self) -> str:
         return "adaptive (ADM)"
+
+
+def check_adaptive(upsamplers: int) -> None:
+    """Refuse ADM for another number of upsamplers than two.
+
+    Raises:
+        UserError: it is another.
+    """
+    if upsamplers != 2:
+        raise UserError(
+            f"--adaptive works with 2 upsamplers and this model has {upsamplers}: use --k"
+        )
 
 
 class HeavyScores:

@@ -167,11 +167,22 @@ def test_several_sizes(benchmark: Benchmark, weights: list[str], tmp_path: Path)
 def test_cases_that_cannot_be_run_are_left_out(benchmark: Benchmark, weights: list[str]) -> None:
     few = ("--variants=fast", "--no_memory")
     done = benchmark(*weights, *few, "--routing", "budget:0.001", "k0")
-    assert done.code == 0
     assert "left out: fsrcnn fast budget:0.001 fp32: " in done.stdout
+    assert (done.code, done.stderr) == (2, "error: 1 of the cases were left out, see above\n")
     done = benchmark(*weights, *few, "--routing", "budget:0.001")
     assert (done.code, done.stderr.count("\n")) == (2, 1)
     assert "nothing could be run" in done.stderr
+
+
+def test_weights_of_the_other_kind_are_refused(benchmark: Benchmark, weights: list[str]) -> None:
+    pcsr, original = (word.partition("=")[2] for word in weights[:2])
+    for word, said in (
+        (f"--weights={original}", "is of an original network, not of PCSR"),
+        (f"--original_weights={pcsr}", "is of PCSR, not of an original network"),
+    ):
+        done = benchmark(*weights, word)
+        assert (done.code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert said in done.stderr
 
 
 def test_plot(benchmark: Benchmark, weights: list[str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models
-from engine.restore import make_engine
+from engine.engines import make_engine
 from models import native
 from models.backbones.base import SRNetwork
 from models.compiled import CompiledEncoder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.restore import make_engine
+from engine.engines import make_engine
 from models import native
 from models.cost import count_rows
 from models.fast import FastEngine

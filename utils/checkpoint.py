@@ -85,7 +85,7 @@ def build_model(
         data_norm: the config's, for checkpoints that do not hold mean and std.
 
     Raises:
-        UserError: no spec, or weights that do not fit it.
+        UserError: no spec, weights that do not fit it, or that hold NaN or infinity.
     """
     spec = checkpoint["model"]
     if "name" not in spec:
@@ -95,6 +95,9 @@ def build_model(
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
     load_weights(model, weights_for_inference(checkpoint), path)
+    for key, value in model.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise UserError(f"checkpoint {path} is damaged: {key} holds NaN or infinity")
     return model.eval()
 
 

@@ -64,6 +64,8 @@ def check_words(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse words that exclude each other."""
     check_device_words(args)
     if args.upscale:
+        if args.original_weights is not None:
+            parser.error("--original_weights goes without --upscale, which compares nothing")
         return
     for word in ("size", "format", "class_map"):
         if getattr(args, word):
@@ -108,7 +110,7 @@ def _add_model_words(parser: argparse.ArgumentParser) -> None:
         "--original_weights",
         type=Path,
         metavar="PATH",
-        help="Checkpoint of the original network. Default: the weights in "
+        help="Without --upscale: checkpoint of the original network. Default: the weights in "
         "save/<PCSR's backbone>-x<scale>/; without any, PCSR runs alone.",
     )
     parser.add_argument(
