@@ -2,8 +2,8 @@
 
 What makes it fast: the first layer of every MLP runs once per LR pixel (see `models.sampler`);
 batch norm is folded and convolutions run channels-last; the lightest upsampler runs without
-gathering on every strip of rows where a pixel needs it, and each heavier one on its own pixels,
-gathered in blocks that stay in cache; there is no temporary of the output's size but the output and
+gathering on the LR rows where a pixel needs it, and each heavier one on its own pixels, gathered in
+blocks that stay in cache; there is no temporary of the output's size but the output and
 the class map.
 
 Axes: B batch, C channels, h w LR, H W output, M upsamplers, K = M - 1 margins, Q pixels, D hidden
@@ -25,12 +25,12 @@ from models.packed import PackedSampler
 from models.pcsr import PCSR
 from models.sampler import LIIFSampler
 from models.streams import Encoder
+from models.used_rows import UsedRows
 
 # LR pixels that are worked on at once, and output pixels that go through an upsampler at once.
 # Measured on CPUs: what an upsampler of width 80 reads and writes of 4096 pixels a thread just
 # fits a cache of 2 MB; half precision takes twice as many.
 BLOCK_PX = 4096
-LEAST_BLOCK_PX = 1024
 CHUNK_PX = 4096
 CHUNK_WIDTH = 80
 # On other devices: enough to fill a GPU.
@@ -118,27 +118,25 @@ class FastEngine:
     def cost(self, grid: PixelGrid, run_rows: Sequence[int]) -> UpsamplingCost:
         """See `models.inference.Engine`."""
         lasts = itertools.accumulate(run_rows)
-        parts = (grid.part(last - r, last)[0] for last, r in zip(lasts, run_rows, strict=True))
-        strips = [strip for part in parts for strip in self._strip_sizes(part)]
-        starts = itertools.accumulate((rows for rows, _ in strips), initial=0)
+        parts = [grid.part(last - r, last)[0] for last, r in zip(lasts, run_rows, strict=True)]
+        w, W = grid.cols.lr_len, grid.cols.out_len
         classifier = 0
         if self.classifier is not None:
-            W = grid.cols.out_len
+            strips = (strip for part in parts for strip in self._strip_sizes(part))
             classifier = sum(self.classifier.flops(lr_px, rows * W) for rows, lr_px in strips)
         lightest, *heavier = self.upsamplers
-        # The lightest runs on whole strips, of the others only the first layer does.
-        per_strip = [
-            [
-                lightest.flops(lr_px, rows * grid.cols.out_len),
-                *(packed.flops(lr_px, 0) for packed in heavier),
-            ]
-            for rows, lr_px in strips
+        # The lightest runs on all pixels of an LR row, of the others only the first layer does.
+        heights = [rows for part in parts for rows in self._row_heights(part)]
+        starts = itertools.accumulate(heights, initial=0)
+        per_row = [
+            [lightest.flops(w, rows * W), *(packed.flops(w, 0) for packed in heavier)]
+            for rows in heights
         ]
         return UpsamplingCost(
             fixed=classifier,
             pixel=(0, *(packed.flops(0, 1) for packed in heavier)),
             strip_starts=tuple(starts)[:-1],
-            strip=np.array(per_strip, np.float64),
+            strip=np.array(per_row, np.float64),
         )
 
     def classify(self, feat_BChw: Tensor, grid: PixelGrid) -> tuple[Tensor, int]:
@@ -220,21 +218,28 @@ class FastEngine:
         tables = [packed.phases(grid, scale) for packed in self.upsamplers]
         std = self.norm.std.view(3, 1)
         for rows in self._strips(h, w):
-            feat_QC = feat_hwC[rows].flatten(0, 1)
+            feat_rwC = feat_hwC[rows]
             # Phase by phase, so that what a phase adds is added to a contiguous run of pixels.
             classes_PQ = classes_hSwS[rows].permute(1, 3, 0, 2).reshape(scale * scale, -1)
             residual_3Q = sr_3HW.new_empty(3, classes_PQ.numel())
-            lights = int((classes_PQ == 0).sum())
+            is_light = classes_PQ == 0
+            lights = int(is_light.sum())
             if lights:
                 lightest = self.upsamplers[0]
-                residual_3Q = self._all_phases(lightest, feat_QC, tables[0]).float()
-                work.add(0, lights, lightest.flops(len(feat_QC), classes_PQ.numel()))
+                lit = UsedRows(is_light.unflatten(1, (-1, w)).any(2).any(0))
+                feat_QC = lit.of(feat_rwC).flatten(0, 1)
+                y_3Q = self._all_phases(lightest, feat_QC, tables[0]).float()
+                lit.put(y_3Q.view(3, scale * scale, -1, w), residual_3Q.view(3, scale**2, -1, w), 2)
+                work.add(0, lights, lightest.flops(len(feat_QC), y_3Q.shape[1]))
             for j, packed in enumerate(self.upsamplers[1:], start=1):
                 phase, source = (classes_PQ == j).nonzero(as_tuple=True)
                 if len(phase) == 0:
                     continue
+                target = (phase * classes_PQ.shape[1]).add_(source)
+                used = UsedRows.at(source // w, len(feat_rwC))
+                feat_QC = used.of(feat_rwC).flatten(0, 1)
+                source = used.place(source // w) * w + source % w
                 work.add(j, len(phase), packed.flops(len(feat_QC), len(phase)))
-                target = (phase * len(feat_QC)).add_(source)
                 table = torch.cat([packed.lr_part(feat_QC), tables[j]])
                 summands_Q2 = torch.stack([source, phase.add_(len(feat_QC))], dim=1)
                 for part in _chunks(len(target), self.chunk_px):
@@ -257,24 +262,31 @@ class FastEngine:
         std = self.norm.std.view(3, 1)
         W, w = grid.cols.out_len, grid.cols.lr_len
         for first, last, lr_rows in self._out_strips(grid):
-            feat_QC = feat_hwC[lr_rows].flatten(0, 1)
+            feat_rwC = feat_hwC[lr_rows]
+            nearest = grid.rows.nearest[first:last] - lr_rows.start
             chosen = classes_HW[first:last].flatten()
             residual_3Q = sr_3HW.new_empty(3, len(chosen))
-            lights = int((chosen == 0).sum())
+            is_light = chosen.unflatten(0, (-1, W)) == 0
+            lights = int(is_light.sum())
             if lights:
                 lightest, (rows_HD, cols_WD) = self.upsamplers[0], tables[0]
-                source = grid.rows.nearest[first:last] - lr_rows.start
-                lr_rwD = lightest.lr_part(feat_hwC[lr_rows])[source]
-                y_3Q = _all_pixels(lightest, lr_rwD, rows_HD[first:last], cols_WD, grid)
-                residual_3Q = y_3Q.float()
-                work.add(0, lights, lightest.flops(len(feat_QC), len(chosen)))
+                used = UsedRows.at(nearest[is_light.any(1)], len(feat_rwC))
+                # All output rows of an LR row, or none.
+                lit = UsedRows(used.is_used[nearest])
+                lr_rwD = lightest.lr_part(used.of(feat_rwC))[used.place(lit.of(nearest))]
+                y_3Q = _all_pixels(lightest, lr_rwD, lit.of(rows_HD[first:last]), cols_WD, grid)
+                lit.put(y_3Q.float().unflatten(1, (-1, W)), residual_3Q.unflatten(1, (-1, W)), 1)
+                work.add(0, lights, lightest.flops(used.count * w, y_3Q.shape[1]))
             for j, packed in enumerate(self.upsamplers[1:], start=1):
                 picked = (chosen == j).nonzero()[:, 0]
                 if len(picked) == 0:
                     continue
-                work.add(j, len(picked), packed.flops(len(feat_QC), len(picked)))
                 row, col = picked // W + first, picked % W
-                source = (grid.rows.nearest[row] - lr_rows.start) * w + grid.cols.nearest[col]
+                lr_row = grid.rows.nearest[row] - lr_rows.start
+                used = UsedRows.at(lr_row, len(feat_rwC))
+                feat_QC = used.of(feat_rwC).flatten(0, 1)
+                source = used.place(lr_row) * w + grid.cols.nearest[col]
+                work.add(j, len(picked), packed.flops(len(feat_QC), len(picked)))
                 rows_HD, cols_WD = tables[j]
                 lr_QD = packed.lr_part(feat_QC)
                 x_QD = lr_QD.index_select(0, self._padded(source, packed))
@@ -309,12 +321,8 @@ class FastEngine:
         return torch.cat([index, index.new_zeros(missing, *index.shape[1:])])
 
     def _strips(self, h: int, w: int) -> Iterator[slice]:
-        """Strips of LR rows of about `block_px` pixels, or half of them all.
-
-        An upsampler's first layer runs on a whole strip where one of its pixels needs it: on a
-        small image a strip that is all of it would leave a budget nothing to choose.
-        """
-        most = max(1, min(self.block_px, max(LEAST_BLOCK_PX, h * w // 2)) // w)
+        """Strips of LR rows of about `block_px` pixels."""
+        most = max(1, self.block_px // w)
         count = -(-h // most)
         # Of equal height: a rest of a row or two would take as long as a strip.
         for index in range(count):
@@ -330,6 +338,16 @@ class FastEngine:
             for rows in self._strips(h, w):
                 count = rows.stop - rows.start
                 yield count * scale, count * w
+
+    def _row_heights(self, grid: PixelGrid) -> Iterator[int]:
+        """Output rows of each LR row that has some; of each strip that shares it."""
+        scale = grid.integer_scale
+        if scale is not None:
+            yield from [scale] * grid.rows.lr_len
+            return
+        for first, last, _ in self._out_strips(grid):
+            nearest = grid.rows.nearest[first:last]
+            yield from nearest.unique_consecutive(return_counts=True)[1].tolist()
 
     def _out_strips(self, grid: PixelGrid) -> Iterator[tuple[int, int, slice]]:
         """(first, last) output rows of about `block_px` pixels, and the LR rows they read."""

@@ -27,6 +27,7 @@ from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import KRouting
 from tests.test_fast import make_model
+from tests.training import liif
 from utils.cli import Parser
 from utils.config import load_config
 from utils.errors import UserError
@@ -135,6 +136,27 @@ def test_a_search_looks_at_the_image_a_few_times(
         looks.clear()
         BudgetRouting(cost, between(cost, (600, 500), share)).classes(margins, (-2.0, -1.0))
         assert len(looks) <= 8
+
+
+@pytest.mark.parametrize("size", [(300, 448), (170, 250)])
+@pytest.mark.parametrize("share", [0.002, 0.01, 0.05])
+def test_budgets_near_the_least_are_met_without_compiled_kernels(
+    size: tuple[int, int], share: float
+) -> None:
+    """FSRCNN's first layers cost so much that they have to be counted row by row."""
+    hidden: tuple[list[int], ...] = ([10] * 3, [58] * 4, [])
+    encoder = {"name": "fsrcnn", "args": {"d": 48, "no_upsampling": True}}
+    light, heavy, classifier = map(liif, hidden)
+    args = {"encoder_spec": encoder, "upsampler_specs": [light, heavy]}
+    model = models.make({"name": "pcsr", "args": {**args, "classifier_spec": classifier}}).eval()
+    assert isinstance(model, PCSR)
+    restorer = PcsrRestorer(model)
+    restorer.engine = FastEngine(model)
+    image = restorer.image_cost((75, 112), size)
+    budget = image.uniform(0) + share * (image.uniform(-1) - image.uniform(0))
+    margins = torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(0))
+    classes = BudgetRouting(image.cost, budget).classes(margins, (-2.0, -1.0))
+    assert 0.995 * budget <= image.cost.total(count_rows(classes, 2)) <= budget
 
 
 def test_equal_costs_and_pixels_without_a_margin() -> None:
