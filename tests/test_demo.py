@@ -327,6 +327,7 @@ def test_folder_goes_on_after_a_bad_file(
         (["--upscale", "--size", "70000x20", "--format", "jpg"], "use --format png"),
         (["--scale", "0.5"], "--scale 0.5: without --upscale it starts at 1"),
         (["--size", "9x9"], "--size goes with --upscale"),
+        (["--upscale", "--original_weights", "a.pth"], "goes without --upscale"),
         (["--opacity", "1.5"], "--opacity: expected a number from 0 to 1"),
         (["--weights", "WEIGHTS/original.pth"], "is not a PCSR model"),
         (["--weights", "WEIGHTS/three.pth", "--adaptive"], "this model has 3: use --k"),

@@ -59,8 +59,8 @@ def command_lines(place: dict[str, Path], out: Path) -> dict[str, list[str]]:
         return [script, config, f"--weights={place[name]}", f"--hr_data={place[data]}", *more]
 
     def demo(*more: str, data: str = "damaged") -> list[str]:
-        words = [f"--img_path={place[data]}", f"--weights={place['tiny-pcsr-phase1']}", *more]
-        return ["demo.py", *words, f"--original_weights={place['tiny-x4']}"]
+        weights = f"--weights={place['tiny-pcsr-phase1']}"
+        return ["demo.py", f"--img_path={place[data]}", weights, *more]
 
     commands = {
         "original in patches": evaluation("tiny-x4", "--bicubic"),
@@ -68,7 +68,9 @@ def command_lines(place: dict[str, Path], out: Path) -> dict[str, list[str]]:
         "budget": evaluation("tiny-pcsr-phase1", "--budget=0.013G", "--per_image"),
         "sweep": evaluation("tiny-pcsr-phase1", "--sweep", "--per_image"),
         "damaged": evaluation("tiny-x4", data="damaged"),
-        "comparison": demo(f"--out_dir={out / 'compared'}"),
+        "comparison": demo(
+            f"--out_dir={out / 'compared'}", f"--original_weights={place['tiny-x4']}"
+        ),
         "enlargement": demo(f"--out_dir={out / 'larger'}", "--upscale", "--class_map"),
     }
     return {
