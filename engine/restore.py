@@ -184,11 +184,11 @@ class PcsrRestorer:
             routing = routing.routing_for(self, lr, size)
         with Timer(lr.device) as timer:
             result = self.run(lr, size, routing)
-        if self._checked and self.engine.dtype != torch.float32 and not is_finite(result.sr):
-            _log.warning("the image overflows in half precision: it is computed again in fp32")
-            with Timer(lr.device) as timer:
-                result = self._in_fp32().run(lr, size, routing)
-        if self._checked:
+        if self._checked and not is_finite(result.sr):
+            if self.engine.dtype != torch.float32:
+                _log.warning("the image overflows in half precision: it is computed again in fp32")
+                with Timer(lr.device) as timer:
+                    result = self._in_fp32().run(lr, size, routing)
             check_finite(result.sr)
         patches, *encoded = result.encoded_size
         encoded_size = (encoded[0], encoded[1])

@@ -229,16 +229,19 @@ class FastEngine:
                 lit = UsedRows(is_light.unflatten(1, (-1, w)).any(2).any(0))
                 feat_QC = lit.of(feat_rwC).flatten(0, 1)
                 y_3Q = self._all_phases(lightest, feat_QC, tables[0]).float()
-                lit.put(y_3Q.view(3, scale * scale, -1, w), residual_3Q.view(3, scale**2, -1, w), 2)
+                rows_of = (3, scale * scale, -1, w)
+                residual_3Q = lit.put(y_3Q.view(rows_of), residual_3Q.view(rows_of), 2).view(3, -1)
                 work.add(0, lights, lightest.flops(len(feat_QC), y_3Q.shape[1]))
             for j, packed in enumerate(self.upsamplers[1:], start=1):
-                phase, source = (classes_PQ == j).nonzero(as_tuple=True)
+                is_own = classes_PQ == j
+                phase, source = is_own.nonzero(as_tuple=True)
                 if len(phase) == 0:
                     continue
                 target = (phase * classes_PQ.shape[1]).add_(source)
-                used = UsedRows.at(source // w, len(feat_rwC))
+                used = UsedRows(is_own.unflatten(1, (-1, w)).any(2).any(0))
                 feat_QC = used.of(feat_rwC).flatten(0, 1)
-                source = used.place(source // w) * w + source % w
+                if not used.are_all:
+                    source = used.place(source // w) * w + source % w
                 work.add(j, len(phase), packed.flops(len(feat_QC), len(phase)))
                 table = torch.cat([packed.lr_part(feat_QC), tables[j]])
                 summands_Q2 = torch.stack([source, phase.add_(len(feat_QC))], dim=1)
@@ -275,7 +278,9 @@ class FastEngine:
                 lit = UsedRows(used.is_used[nearest])
                 lr_rwD = lightest.lr_part(used.of(feat_rwC))[used.place(lit.of(nearest))]
                 y_3Q = _all_pixels(lightest, lr_rwD, lit.of(rows_HD[first:last]), cols_WD, grid)
-                lit.put(y_3Q.float().unflatten(1, (-1, W)), residual_3Q.unflatten(1, (-1, W)), 1)
+                residual_3Q = lit.put(
+                    y_3Q.float().unflatten(1, (-1, W)), residual_3Q.unflatten(1, (-1, W)), 1
+                ).flatten(1)
                 work.add(0, lights, lightest.flops(used.count * w, y_3Q.shape[1]))
             for j, packed in enumerate(self.upsamplers[1:], start=1):
                 picked = (chosen == j).nonzero()[:, 0]

@@ -15,13 +15,14 @@ class UsedRows:
 
     Attributes:
         count: how many are used.
+        are_all: all of them.
     """
 
     def __init__(self, is_used: Tensor) -> None:
         self.is_used = is_used
         self._index = is_used.nonzero()[:, 0]
         self.count = len(self._index)
-        self._are_all = self.count == len(is_used)
+        self.are_all = self.count == len(is_used)
 
     @classmethod
     def at(cls, rows: Tensor, count: int) -> "UsedRows":
@@ -31,15 +32,12 @@ class UsedRows:
 
     def of(self, values: Tensor) -> Tensor:
         """The used rows of (r, ...)."""
-        return values if self._are_all else values[self._index]
+        return values if self.are_all else values[self._index]
 
-    def put(self, values: Tensor, out: Tensor, dim: int) -> None:
-        """Write used rows to their places along an axis of `out`."""
-        if self._are_all:
-            out.copy_(values)
-        else:
-            out.index_copy_(dim, self._index, values)
+    def put(self, values: Tensor, out: Tensor, dim: int) -> Tensor:
+        """`out` with used rows at their places along an axis; all of them are `values` itself."""
+        return values if self.are_all else out.index_copy_(dim, self._index, values)
 
     def place(self, rows: Tensor) -> Tensor:
         """Where used rows are among the used ones."""
-        return rows if self._are_all else (self.is_used.cumsum(0) - 1)[rows]
+        return rows if self.are_all else (self.is_used.cumsum(0) - 1)[rows]

@@ -51,6 +51,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def exact_convolutions() -> Any:
+    """On a GPU, PyTorch's convolutions round to tf32 by default."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture
 def fresh_logging() -> Any:
     """As the scripts have it; and without the log files that runs add."""
     root = logging.getLogger()

@@ -12,23 +12,13 @@ from models.row_graph import RowGraph, sequential_graph
 from tests.triton_device import (
     DEVICE,
     LIGHT_AND_HEAVY,
-    check_in_the_interpreter,
-    exact_convolutions,
     halves,
     make_model,
-    needs_triton,
     on_device,
     skip_bf16_in_the_interpreter,
-    without_gpu,
 )
 
-__all__ = ["exact_convolutions"]
-
-
-@needs_triton
-@without_gpu
-def test_in_the_interpreter() -> None:
-    check_in_the_interpreter(__file__)
+pytestmark = pytest.mark.usefixtures("exact_convolutions")
 
 
 def encoder_of(graph: RowGraph, dtype: torch.dtype = torch.float32) -> Any:

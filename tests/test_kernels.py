@@ -1,5 +1,7 @@
 """The fused kernels of the upsamplers give what the reference engine gives."""
 
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -13,12 +15,11 @@ from models.patches import super_resolve_patches
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
+from tests.processes import REPOSITORY
 from tests.triton_device import (
     DEVICE,
     LIGHT_AND_HEAVY,
-    check_in_the_interpreter,
     compiled,
-    exact_convolutions,
     halves,
     make_model,
     needs_triton,
@@ -29,13 +30,24 @@ from tests.triton_device import (
 from utils.errors import UserError
 from utils.flops import PcsrCost
 
-__all__ = ["exact_convolutions"]
+pytestmark = pytest.mark.usefixtures("exact_convolutions")
 
 
 @needs_triton
 @without_gpu
-def test_in_the_interpreter() -> None:
-    check_in_the_interpreter(__file__)
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_kernel_encoders.py"])
+def test_in_the_interpreter(name: str) -> None:
+    """All tests of a file that are skipped without a GPU."""
+    plugins = ("-p", "no:cacheprovider", "-p", "no:xdist")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *plugins, f"tests/{name}"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,11 @@
 """Where the tests of Triton's kernels run: on a GPU where there is one, else in its interpreter.
 
-The interpreter has to be chosen before Triton is first imported, so without a GPU a file of such
-tests runs itself in a process of its own.
+The interpreter has to be chosen before Triton is first imported, so without a GPU
+`test_in_the_interpreter` runs these tests in processes of their own.
 """
 
 import importlib.util
 import os
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ import torch
 import models
 from models.grid import PixelGrid
 from models.pcsr import PCSR
-from tests.processes import REPOSITORY
 from tests.training import liif
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,27 +30,6 @@ without_gpu = pytest.mark.skipif(
     INTERPRETED or DEVICE.type == "cuda", reason="the kernels run on the GPU itself"
 )
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-
-
-@pytest.fixture(autouse=True)
-def exact_convolutions() -> Any:
-    """On a GPU, PyTorch's convolutions round to tf32 by default."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-
-
-def check_in_the_interpreter(path: str) -> None:
-    """Run a file's tests that are skipped without a GPU."""
-    plugins = ("-p", "no:cacheprovider", "-p", "no:xdist")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *plugins, path],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
 
 
 def skip_bf16_in_the_interpreter(dtype: torch.dtype) -> None:

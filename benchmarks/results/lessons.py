@@ -129,7 +129,7 @@ def cheapest(subject: Subject) -> str:
 def recommended(subject: Subject) -> str:
     """The cheapest routing of those within the tolerance that pays; else the cheapest of them."""
     good = _good(subject, ROUTINGS)
-    return next((key for key in good if _verdict(subject, key) == PAYS), good[0])
+    return next((key for key in good if _pays(subject, key)), good[0])
 
 
 def _good(subject: Subject, keys: Iterable[str]) -> list[str]:
@@ -180,6 +180,12 @@ def _costs_quality(subject: Subject, key: str) -> bool:
     """Whether a routing is worse than the original network, beyond the tolerance."""
     original, chosen = (row_of(subject, JUDGE, each).get("psnr_rgb") for each in ("original", key))
     return original is not None and chosen is not None and chosen < original - TOLERANCE_DB
+
+
+def _pays(subject: Subject, key: str) -> bool:
+    """Whether a routing is worth it; in FLOPs alone, where no time was measured."""
+    time = share_of_time(subject, key) or 0.0
+    return _saves_flops(subject, key) and time < 1 and not _costs_quality(subject, key)
 
 
 def _saves_flops(subject: Subject, key: str) -> bool:
@@ -314,7 +320,7 @@ def _advised(subject: Subject, keys: Sequence[str]) -> str | None:
     """The cheapest of these routings that is worth it, as words of test_pcsr.py."""
     for key in _good(subject, keys):
         share, time = share_of_original(subject, JUDGE, key), share_of_time(subject, key)
-        if share is None or share >= 1 or _costs_quality(subject, key) or (time or 0) >= 1:
+        if share is None or not _pays(subject, key):
             continue
         # Rounded up: a budget below this one was not measured.
         words = _WORDS.get(key, f"--budget {math.ceil(100 * share) / 100:.2f}")
