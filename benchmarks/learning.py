@@ -2,6 +2,7 @@
 
 Phase 1: its losses, from the same phase 0 weights on the same batches, and how near the routing
 that they teach comes to what any classifier could reach. Phase 0: EMA, warm-up, larger patches.
+Optimisers: Adam and SOAP, for an original network and for phase 0.
 """
 
 import argparse
@@ -18,7 +19,13 @@ if __name__ == "__main__":
     # Called by its path, Python looks for modules beside this file.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.learning_cases import train_phase0, train_routing
+from benchmarks.learning_cases import (
+    Trained,
+    optimizer_variants,
+    phase0_variants,
+    train_routing,
+    train_variants,
+)
 from benchmarks.learning_measure import (
     CLASSIFIER,
     ORACLE,
@@ -26,7 +33,7 @@ from benchmarks.learning_measure import (
     measure,
     measure_all_heavy,
 )
-from benchmarks.learning_page import page
+from benchmarks.learning_page import key_of, page
 from engine.conventions import Conventions
 from engine.samples import EvaluationSet, ImagePaths
 from utils.atomic import write_text
@@ -37,7 +44,7 @@ from utils.errors import UserError
 from utils.log import set_up
 from utils.machine import describe
 
-PARTS = ("routing", "phase0")
+PARTS = ("routing", "phase0", "optimizers")
 _JSON, _PAGE = "learning.json", "README.md"
 
 
@@ -45,8 +52,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = Parser(
         description="Compare options of training on short runs with the same seed: phase 1's "
-        "losses, and phase 0 with EMA, warm-up and larger patches. Prints tables and writes them, "
-        "with all figures, to --out.",
+        "losses; phase 0 with EMA, warm-up and larger patches; Adam and SOAP. Prints tables and "
+        "writes them, with all figures, to --out.",
         example="python -m benchmarks.learning --parts routing --iterations 600 --out results/tmp",
     )
     parser.add_argument(
@@ -72,6 +79,12 @@ def parse_arguments() -> argparse.Namespace:
         help="Of phase 0.",
     )
     parser.add_argument(
+        "--optimizer_config",
+        default="configs/cpu/carn-x4.yaml",
+        metavar="YAML",
+        help="Of an original network or of phase 0, for the optimisers.",
+    )
+    parser.add_argument(
         "--weights",
         type=Path,
         default=Path("save/carn-pcsr-phase0/release.pth"),
@@ -84,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         dest="overrides",
         metavar="KEY.PATH=VALUE",
-        help="Override one key of both configs; may be given several times.",
+        help="Override one key of all these configs; may be given several times.",
     )
     parser.add_argument(
         "--hr_data",
@@ -116,18 +129,20 @@ def main() -> None:
     configs = {
         "routing": load_config(args.config, args.overrides),
         "phase0": load_config(args.phase0_config, args.overrides),
+        "optimizers": load_config(args.optimizer_config, args.overrides),
     }
     sets = {_set_name(path): _images(path, configs["routing"]) for path in args.hr_data}
     content = _written_before(args.out)
     for part in args.parts:
         config = configs[part]
-        rows = (
-            _routing_rows(config, args.weights, args.iterations, device, sets)
-            if part == "routing"
-            else _phase0_rows(config, args.iterations, device, sets)
-        )
+        if part == "routing":
+            rows = _routing_rows(config, args.weights, args.iterations, device, sets)
+        else:
+            make = phase0_variants if part == "phase0" else optimizer_variants
+            trained = train_variants(config, make(config, args.iterations), args.iterations, device)
+            rows = [_row(end, sets) for end in trained]
         assert config.train_dataset is not None
-        content[part] = {
+        content[key_of(part, config.name)] = {
             "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
             "machine": describe(device),
             "config": config.name,
@@ -177,16 +192,9 @@ def _routing_rows(
     return rows
 
 
-def _phase0_rows(
-    config: Config, iterations: int, device: torch.device, sets: dict[str, EvaluationSet]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "variant": variant.name,
-            **{name: round(measure_all_heavy(model, images), 5) for name, images in sets.items()},
-        }
-        for variant, model in train_phase0(config, iterations, device)
-    ]
+def _row(end: Trained, sets: dict[str, EvaluationSet]) -> dict[str, Any]:
+    psnrs = {name: round(measure_all_heavy(end.model, images), 5) for name, images in sets.items()}
+    return {"variant": end.variant.name, "iterations_per_s": end.iterations_per_s, **psnrs}
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
 from engine.data import train_batches
@@ -23,6 +23,7 @@ from utils.checkpoint import LAST_NAME, build_model, load_checkpoint, load_phase
 from utils.config import Config, check_config
 from utils.distributed import World
 from utils.errors import UserError
+from utils.run_metrics import METRICS_NAME, read_rows
 
 PUBLISHED = "published"
 
@@ -63,14 +64,14 @@ ROUTING_VARIANTS = (
 
 
 @dataclass(frozen=True)
-class Phase0Variant:
-    """A way to train phase 0: what it changes in the config, by key path."""
+class Variant:
+    """A way to train from scratch: what it changes in the config, by key path."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def phase0_variants(config: Config, iterations: int) -> list[Phase0Variant]:
+def phase0_variants(config: Config, iterations: int) -> list[Variant]:
     """Each option alone; larger patches come in smaller batches, of as many pixels."""
     data, _ = required_sections(config)
     size = int((data.wrapper.get("args") or {})["inp_size"])
@@ -79,12 +80,32 @@ def phase0_variants(config: Config, iterations: int) -> list[Phase0Variant]:
         "train_dataset.batch_size": max(1, data.batch_size // 4),
     }
     return [
-        Phase0Variant("config as it is"),
-        Phase0Variant("warm-up, a tenth of the run", {"warmup": max(1, iterations // 10)}),
-        Phase0Variant("EMA 0.99", {"ema": 0.99}),
-        Phase0Variant("EMA 0.999", {"ema": 0.999}),
-        Phase0Variant(f"patches {2 * size}, a quarter as many", larger),
+        Variant("config as it is"),
+        Variant("warm-up, a tenth of the run", {"warmup": max(1, iterations // 10)}),
+        Variant("EMA 0.99", {"ema": 0.99}),
+        Variant("EMA 0.999", {"ema": 0.999}),
+        Variant(f"patches {2 * size}, a quarter as many", larger),
     ]
+
+
+def optimizer_variants(config: Config, _: int) -> list[Variant]:
+    """The config's Adam and SOAP, each at several rates.
+
+    Raises:
+        UserError: a config of another optimizer.
+    """
+    spec = required_sections(config)[1]
+    if spec["name"] != "adam":
+        raise UserError(f"config {config.name}: optimizers are compared with adam, the config's")
+    args = spec["args"]
+    rates = [(spec, factor) for factor in (0.5, 1, 2)]
+    rates += [({"name": "soap", "args": {"lr": args["lr"]}}, factor) for factor in (1, 2, 4)]
+    found = []
+    for one, factor in rates:
+        lr = factor * args["lr"]
+        changes = {"optimizer": {**one, "args": {**one["args"], "lr": lr}}}
+        found.append(Variant(f"{one['name']}, lr {lr:.2g}", changes))
+    return found
 
 
 class _Once:
@@ -200,11 +221,19 @@ def _models(config: Config, weights: Path, device: torch.device) -> Iterator[PCS
         yield model.freeze_phase0().to(device).train()
 
 
-def train_phase0(
-    config: Config, iterations: int, device: torch.device
-) -> Iterator[tuple[Phase0Variant, PCSR]]:
-    """Each of :func:`phase0_variants` in a run of its own, from scratch."""
-    for variant in phase0_variants(config, iterations):
+class Trained(NamedTuple):
+    """The end of a short run."""
+
+    variant: Variant
+    model: nn.Module
+    iterations_per_s: float
+
+
+def train_variants(
+    config: Config, variants: Iterable[Variant], iterations: int, device: torch.device
+) -> Iterator[Trained]:
+    """Each of `variants` in a run of its own, from scratch, with a cosine over `iterations`."""
+    for variant in variants:
         raw = copy.deepcopy(config.raw)
         cosine = {"name": "CosineAnnealingLR_Restart", "args": {"T_period": [iterations]}}
         always = {"iter_max": iterations, "lr_scheduler": cosine, "valid_dataset": None}
@@ -216,5 +245,5 @@ def train_phase0(
             train(check_config(raw, config.name), options, World(0, 1, device))
             last_path = Path(folder) / LAST_NAME
             model = build_model(load_checkpoint(last_path), last_path, config.data_norm)
-        assert isinstance(model, PCSR)
-        yield variant, model.to(device)
+            rows, _ = read_rows(Path(folder) / METRICS_NAME)
+        yield Trained(variant, model.to(device), rows[-1]["iterations_per_s"])

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from engine.conventions import Conventions
 from engine.prepared import PreparedImage
-from engine.restore import PcsrRestorer
+from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.samples import EvaluationSample, EvaluationSet
+from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
 from models.refinement import refine
 from models.routing import AdaptiveRouting, KRouting
@@ -182,14 +183,19 @@ def measure(model: PCSR, images: EvaluationSet, names: Sequence[str]) -> Figures
 
 
 @torch.inference_mode()
-def measure_all_heavy(model: PCSR, images: EvaluationSet) -> float:
-    """Mean PSNR of a model of one upsampler, in dB."""
-    restorer = PcsrRestorer(model)
+def measure_all_heavy(model: nn.Module, images: EvaluationSet) -> float:
+    """Mean PSNR of PCSR with one upsampler, or of an original network, in dB."""
+    device = next(model.parameters()).device
     conventions = images.conventions
     figures = []
     for index in range(len(images)):
         sample = images[index]
-        sr = restorer(sample.lr.to(model.norm.std.device), sample.size).sr
+        lr = sample.lr.to(device)
+        if isinstance(model, PCSR):
+            sr = PcsrRestorer(model)(lr, sample.size).sr
+        else:
+            assert isinstance(model, SRNetwork)
+            sr = OriginalRestorer(model)(lr).sr
         figures.append(
             psnr(sr, sample.hr, psnr_type=conventions.psnr_type, border_px=conventions.border_px)
         )

@@ -33,6 +33,18 @@ _PHASE0 = """## Phase 0: warm-up, EMA, larger patches
 The learning rate ends near zero, where the weights hardly move any more: that leaves an average of
 them (EMA) little to gain at the end of a run.
 """
+_OPTIMIZERS = """## Optimisers: {config}
+
+{run}, from scratch, each with a cosine to the end. PSNR (dB, RGB){where}. Rates are the config's, a
+half and twice that (Adam), and one, two and four times that (SOAP).
+"""
+# Parts that are kept for each config begin so.
+_OPTIMIZERS_KEY = "optimizers/"
+
+
+def key_of(part: str, config_name: str) -> str:
+    """Under which key a part's figures are kept."""
+    return f"{_OPTIMIZERS_KEY}{config_name}" if part == "optimizers" else part
 
 
 def page(content: dict[str, Any]) -> str:
@@ -42,6 +54,7 @@ def page(content: dict[str, Any]) -> str:
         parts.append(_routing(content["routing"]))
     if "phase0" in content:
         parts.append(_phase0(content["phase0"]))
+    parts += [_optimizers(part) for key, part in content.items() if _is_of_optimizers(key)]
     return "\n".join(parts)
 
 
@@ -94,8 +107,24 @@ def _phase0(part: dict[str, Any]) -> str:
     return _PHASE0.format(run=_run(part)) + "\n" + _table(["option", *names], lines)
 
 
+def _is_of_optimizers(key: str) -> bool:
+    return key.startswith(_OPTIMIZERS_KEY)
+
+
+def _optimizers(part: dict[str, Any]) -> str:
+    rows = part["rows"]
+    names = _sets(rows)
+    lines = [
+        [row["variant"], *(f"{row[name]:.3f}" for name in names), f"{row['iterations_per_s']:.2f}"]
+        for row in rows
+    ]
+    where = " of the heavy upsampler everywhere" if "pcsr" in part["config"] else ""
+    words = _OPTIMIZERS.format(run=_run(part), config=part["config"], where=where)
+    return words + "\n" + _table(["optimizer", *names, "iterations/s"], lines)
+
+
 def _sets(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return [key for key in rows[0] if key != "variant"]
+    return [key for key in rows[0] if key not in ("variant", "iterations_per_s")]
 
 
 def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

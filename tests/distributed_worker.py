@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from engine.trainer import Trainer
-from tests.training import KEYS, KINDS, make_config, raw_config, run
+from tests.training import KEYS, KINDS, SOAP, make_config, raw_config, run
 from utils.checkpoint import LAST_NAME
 from utils.cli import run as run_script
 from utils.config import check_config
@@ -36,6 +36,8 @@ def every_kind(folder: Path, current: World) -> int:
     init = str(folder / "one" / "fsrcnn-phase0" / LAST_NAME)
     config = make_config("fsrcnn-phase1", folder / "pictures", iter_max=4, iter_save=2, **KEYS)
     run(config, folder / "two" / "keys", current, init=init)
+    config = make_config("carn", folder / "pictures", iter_max=6, optimizer=SOAP)
+    run(config, folder / "two" / "soap", current)
     data = raw_config("fsrcnn", folder / "pictures")["train_dataset"]
     wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
     valid = {"dataset": data["dataset"], "wrapper": wrapper}

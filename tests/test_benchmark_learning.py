@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from benchmarks.cases import REPOSITORY
-from benchmarks.learning_cases import ROUTING_VARIANTS, phase0_variants, train_routing
+from benchmarks.learning_cases import (
+    ROUTING_VARIANTS,
+    optimizer_variants,
+    phase0_variants,
+    train_routing,
+)
 from benchmarks.learning_measure import ORDERS
 from tests.training import ONE, checkpoint_of, make_config, make_pictures, run
 
@@ -43,12 +48,13 @@ def test_script(
     assert run(phase0, tmp_path / "p0") == 0
     (tmp_path / "hr").mkdir()
     make_pictures(tmp_path / "hr" / "HR", count=1)
-    for kind in ("fsrcnn-phase0", "fsrcnn-phase1"):
+    for kind in ("fsrcnn", "fsrcnn-phase0", "fsrcnn-phase1"):
         raw = make_config(kind, pictures).raw
         (tmp_path / f"{kind}.yaml").write_text(json.dumps(raw), encoding="utf-8")
     words = ["--iterations=1", "--device=cpu", f"--hr_data={tmp_path / 'hr' / 'HR'}"]
     words += [f"--phase0_config={tmp_path / 'fsrcnn-phase0.yaml'}", f"--out={tmp_path / 'out'}"]
     words += [f"--config={tmp_path / 'fsrcnn-phase1.yaml'}"]
+    words += [f"--optimizer_config={tmp_path / 'fsrcnn.yaml'}"]
     words += [f"--weights={tmp_path / 'p0' / 'iter_last.pth'}"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     with pytest.raises(SystemExit) as ended:
@@ -62,6 +68,11 @@ def test_script(
     assert [row["variant"] for row in written["phase0"]["rows"]] == [
         variant.name for variant in phase0_variants(phase0, 1)
     ]
+    rows = written["optimizers/fsrcnn"]["rows"]
+    assert [row["variant"] for row in rows] == [
+        variant.name for variant in optimizer_variants(phase0, 1)
+    ]
+    assert all(row["iterations_per_s"] > 0 and row["hr"] > 0 for row in rows)
     page = (tmp_path / "out" / "README.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     for part in written.values():

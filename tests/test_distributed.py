@@ -11,6 +11,7 @@ from tests.processes import free_port, launch, lines, start
 from tests.training import (
     KEYS,
     KINDS,
+    SOAP,
     checkpoint_of,
     differences,
     make_config,
@@ -43,6 +44,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
         run(make_config(kind, pictures, iter_max=4), tmp_path / "one" / kind)
     config = make_config("fsrcnn-phase1", pictures, iter_max=4, **KEYS)
     run(config, tmp_path / "one" / "keys", init=str(tmp_path / "one/fsrcnn-phase0" / LAST_NAME))
+    config = make_config("carn", pictures, iter_max=6, optimizer=SOAP)
+    run(config, tmp_path / "one" / "soap")
     wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
     data = raw_config("fsrcnn", pictures)["train_dataset"]
     valid = {"dataset": data["dataset"], "wrapper": wrapper}
@@ -54,7 +57,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     (line,) = lines(ended[0][1])
     assert "no-such-folder" in line
     assert ended[1][1].strip() == "", "rank 1 says nothing"
-    for kind in (*KINDS, "keys", "validated"):
+    for kind in (*KINDS, "keys", "soap", "validated"):
         one, two = (checkpoint_of(tmp_path / count / kind) for count in ("one", "two"))
         assert not differences(one, two), kind
     rows = [metrics_of(tmp_path / count / "validated") for count in ("one", "two")]

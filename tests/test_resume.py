@@ -16,6 +16,7 @@ from engine.checkpoints import older_path
 from engine.trainer import Trainer
 from tests.training import (
     KINDS,
+    SOAP,
     checkpoint_of,
     differences,
     make_config,
@@ -63,6 +64,17 @@ def test_interrupted_and_resumed_equals_straight_through(
     assert not differences(straight, resumed)
     rows = metrics_of(tmp_path / "resumed")
     assert [row["iteration"] for row in rows] == [2, 4]
+
+
+def test_soap_resumes_as_straight_through(pictures: Path, tmp_path: Path) -> None:
+    """Stopped after each number of steps between two changes of its eigenvectors."""
+    config = make_config("carn", pictures, iter_max=6, optimizer=SOAP)
+    run(config, tmp_path / "straight")
+    for stop in (1, 2, 3):
+        folder = tmp_path / str(stop)
+        run(make_config("carn", pictures, iter_max=stop, optimizer=SOAP), folder)
+        run(config, folder)
+        assert not differences(checkpoint_of(tmp_path / "straight"), checkpoint_of(folder)), stop
 
 
 def test_a_finished_run_is_left_alone_and_can_be_extended(pictures: Path, tmp_path: Path) -> None:

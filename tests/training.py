@@ -31,6 +31,10 @@ KEYS = {"ema": 0.9, "grad_clip": 0.3, "warmup": 3, "accumulate": 2, "nan_skip": 
 ONE = World(0, 1, torch.device("cpu"))
 
 
+# Eigenvectors change within the few iterations that tests have.
+SOAP = {"name": "soap", "args": {"lr": 3e-3, "precondition_frequency": 2}}
+
+
 def make_pictures(folder: Path, count: int = 5, side: int = 48) -> Path:
     """Write `count` PNG files of smooth noise, the same each time."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,207 @@
+"""SOAP: its formula, what it is for, and its checkpoints."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.optim import OPTIMIZERS, load_optimizer
+from engine.soap import Soap
+from utils.errors import UserError
+
+SHAPES = ((6, 3, 3, 3), (4, 6), (5,))
+
+
+def make(*shapes: tuple[int, ...], **args: Any) -> torch.optim.Optimizer:
+    spec = {"name": "soap", "args": {"lr": 0.01, **args}}
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes or SHAPES]
+    return OPTIMIZERS.make(spec, "optimizer", params=params)
+
+
+def weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return optimizer.param_groups[0]["params"]
+
+
+def steps(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Steps with gradients that depend on the step's number alone."""
+    for number in range(first, last):
+        generator = torch.Generator().manual_seed(number)
+        for weight in weights(optimizer):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
+
+def test_the_first_steps_of_a_matrix_by_hand() -> None:
+    """The first gradient gives the bases, in which the second one's step is its sign."""
+    optimizer = make((4, 4))
+    (weight,) = weights(optimizer)
+    first, second = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    before = weight.detach().clone()
+    weight.grad = first
+    optimizer.step()
+    assert torch.equal(weight, before)
+    weight.grad = second
+    optimizer.step()
+    u, _, vh = torch.linalg.svd(first)
+    expected = 0.01 * u @ torch.sign(u.mT @ second @ vh.mT) @ vh
+    torch.testing.assert_close(before - weight, expected, atol=1e-5, rtol=0)
+
+
+def test_a_turned_problem_has_turned_steps() -> None:
+    """Where Adam's steps depend on the coordinates, these do not."""
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)))[0]
+    plain, turned = make((6, 6)), make((6, 6))
+    weights(turned)[0].data = turn @ weights(plain)[0].data
+    for number in range(25):
+        gradient = torch.randn(6, 6, generator=torch.Generator().manual_seed(number))
+        weights(plain)[0].grad, weights(turned)[0].grad = gradient, turn @ gradient
+        plain.step()
+        turned.step()
+    torch.testing.assert_close(weights(turned)[0], turn @ weights(plain)[0], atol=1e-3, rtol=0)
+
+
+def test_weights_of_one_axis_have_adams_steps() -> None:
+    soap = make((7,), betas=[0.9, 0.99])
+    (own,) = weights(soap)
+    other = nn.Parameter(own.detach().clone())
+    adam = torch.optim.Adam([other], lr=0.01, betas=(0.9, 0.99))
+    own.grad = torch.ones(7)
+    soap.step()  # moves nothing
+    for number in range(5):
+        own.grad = torch.randn(7, generator=torch.Generator().manual_seed(number))
+        other.grad = own.grad.clone()
+        soap.step()
+        adam.step()
+    torch.testing.assert_close(own, other, atol=1e-6, rtol=0)
+
+
+def test_long_axes_are_left_as_they_are() -> None:
+    optimizer = make((6, 3), max_precondition_dim=4)
+    steps(optimizer, 0, 1)
+    assert set(optimizer.state[weights(optimizer)[0]]) == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+        "covariance_1",
+        "basis_1",
+    }
+
+
+def test_eigenvectors_follow_the_covariance() -> None:
+    """Gradients of one constant covariance: the bases make it diagonal, largest first."""
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(5, 5, generator=generator) * torch.tensor([4.0, 2, 1, 0.5, 0.25])
+    optimizer = make((5, 40), precondition_frequency=1, shampoo_beta=0.99)
+    (weight,) = weights(optimizer)
+    for _ in range(300):
+        weight.grad = root @ torch.randn(5, 40, generator=generator)
+        optimizer.step()
+    basis = optimizer.state[weight]["basis_0"]
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(5), atol=1e-5, rtol=0)
+    turned = basis.mT @ root @ root.mT @ basis
+    variances = turned.diagonal()
+    assert (variances.diff() < 0).all()
+    correlation = turned / (variances[:, None] * variances).sqrt()
+    assert (correlation - torch.eye(5)).abs().max() < 0.15
+
+
+def test_a_badly_conditioned_problem_takes_fewer_steps_than_adams() -> None:
+    """Least squares in coordinates that mix rates of 1 to 1000."""
+
+    def error_after(optimizer_of: Any) -> float:
+        generator = torch.Generator().manual_seed(4)
+        turn = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
+        inputs = turn * torch.logspace(0, 1.5, 16)
+        goal = torch.randn(8, 16, generator=generator)
+        weight = nn.Parameter(torch.zeros(8, 16))
+        optimizer = optimizer_of([weight])
+        for number in range(300):
+            optimizer.param_groups[0]["lr"] = 0.05 * (1 - number / 300)
+            optimizer.zero_grad()
+            ((weight - goal) @ inputs).square().mean().backward()
+            optimizer.step()
+        return float(((weight.detach() - goal) @ inputs).square().mean())
+
+    adam = error_after(lambda params: torch.optim.Adam(params, lr=0.05, betas=(0.95, 0.95)))
+    assert error_after(lambda params: Soap(params, 0.05)) < 0.1 * adam
+
+
+def test_a_saved_state_goes_on_to_the_last_bit() -> None:
+    straight = make()
+    steps(straight, 0, 25)
+    first = make()
+    steps(first, 0, 13)
+    resumed = make()
+    for own, theirs in zip(weights(resumed), weights(first), strict=True):
+        own.data.copy_(theirs)
+    load_optimizer(resumed, copy.deepcopy(first.state_dict()), Path("x.pth"))
+    steps(resumed, 13, 25)
+    for own, theirs in zip(weights(resumed), weights(straight), strict=True):
+        assert torch.equal(own, theirs)
+
+
+def test_weights_in_channels_last_have_the_same_steps() -> None:
+    plain, last = make((8, 4, 3, 3)), make((8, 4, 3, 3))
+    weights(last)[0].data = weights(last)[0].data.contiguous(memory_format=torch.channels_last)
+    steps(plain, 0, 12)
+    steps(last, 0, 12)
+    torch.testing.assert_close(weights(last)[0], weights(plain)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_does_not_end_the_program(value: float) -> None:
+    """Who trains sees it in the losses, and says so in words."""
+    optimizer = make((3, 4))
+    weights(optimizer)[0].grad = torch.full((3, 4), value)
+    optimizer.step()
+    optimizer.step()
+    assert not weights(optimizer)[0].isfinite().any()
+
+
+def test_states_of_other_weights_and_optimisers_are_refused() -> None:
+    saved = make()
+    steps(saved, 0, 1)
+    adam = torch.optim.Adam([nn.Parameter(torch.zeros(shape)) for shape in SHAPES])
+    for weight in weights(adam):
+        weight.grad = torch.ones_like(weight)
+    adam.step()
+    cases: list[tuple[torch.optim.Optimizer, dict[str, Any]]] = [
+        (make((6, 3, 3, 3), (4, 7), (5,)), saved.state_dict()),
+        (make(max_precondition_dim=5), saved.state_dict()),
+        (make(), adam.state_dict()),
+        (adam, saved.state_dict()),
+    ]
+    for optimizer, state in cases:
+        with pytest.raises(UserError, match="a tensor has another shape"):
+            load_optimizer(optimizer, copy.deepcopy(state), Path("x.pth"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"lr": 0}, "`optimizer.args.lr` must be positive"),
+        ({"betas": [0.9]}, "takes two numbers"),
+        ({"betas": [0.9, 1]}, r"`optimizer.args.betas` must be in \[0, 1\), not 1"),
+        ({"shampoo_beta": -0.1}, r"`optimizer.args.shampoo_beta` must be in \[0, 1\)"),
+        ({"precondition_frequency": 0}, "precondition_frequency` must be at least 1"),
+        ({"max_precondition_dim": 0}, "max_precondition_dim` must be at least 1"),
+        ({"weight_decay": 0}, "unknown key `optimizer.args.weight_decay`"),
+    ],
+)
+def test_wrong_arguments_are_named(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**args)
+
+
+def test_weights_without_a_gradient_stay() -> None:
+    optimizer = make((2, 2), (3,))
+    before: list[Tensor] = [weight.detach().clone() for weight in weights(optimizer)]
+    weights(optimizer)[1].grad = torch.ones(3)
+    optimizer.step()
+    optimizer.step()
+    assert torch.equal(weights(optimizer)[0], before[0])
+    assert not torch.equal(weights(optimizer)[1], before[1])
