@@ -45,6 +45,8 @@ from utils.log import set_up
 from utils.machine import describe
 
 PARTS = ("routing", "phase0", "optimizers")
+# How each part that trains from scratch does so.
+_VARIANTS = {"phase0": phase0_variants, "optimizers": optimizer_variants}
 _JSON, _PAGE = "learning.json", "README.md"
 
 
@@ -133,19 +135,25 @@ def main() -> None:
     }
     sets = {_set_name(path): _images(path, configs["routing"]) for path in args.hr_data}
     content = _written_before(args.out)
+    # All of them first: what is wrong with a config is said before an hour of training.
+    variants = {
+        part: make(configs[part], args.iterations)
+        for part, make in _VARIANTS.items()
+        if part in args.parts
+    }
     for part in args.parts:
         config = configs[part]
         if part == "routing":
             rows = _routing_rows(config, args.weights, args.iterations, device, sets)
         else:
-            make = phase0_variants if part == "phase0" else optimizer_variants
-            trained = train_variants(config, make(config, args.iterations), args.iterations, device)
+            trained = train_variants(config, variants[part], args.iterations, device)
             rows = [_row(end, sets) for end in trained]
         assert config.train_dataset is not None
-        content[key_of(part, config.name)] = {
+        content[key_of(part, args.optimizer_config)] = {
             "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
             "machine": describe(device),
             "config": config.name,
+            "is_pcsr": config.phase is not None,
             "iterations": args.iterations,
             "batch_size": config.train_dataset.batch_size,
             "precision": config.precision,

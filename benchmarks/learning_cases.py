@@ -89,22 +89,24 @@ def phase0_variants(config: Config, iterations: int) -> list[Variant]:
 
 
 def optimizer_variants(config: Config, _: int) -> list[Variant]:
-    """The config's Adam and SOAP, each at several rates.
+    """The config's Adam and SOAP, each at several rates; SOAP's other arguments are its defaults.
 
     Raises:
-        UserError: a config of another optimizer.
+        UserError: a config of another optimizer, or of phase 1.
     """
     spec = required_sections(config)[1]
-    if spec["name"] != "adam":
-        raise UserError(f"config {config.name}: optimizers are compared with adam, the config's")
-    args = spec["args"]
-    rates = [(spec, factor) for factor in (0.5, 1, 2)]
-    rates += [({"name": "soap", "args": {"lr": args["lr"]}}, factor) for factor in (1, 2, 4)]
+    args = spec.get("args") or {}
+    if spec["name"] != "adam" or "lr" not in args or config.phase == 1:
+        raise UserError(
+            f"config {config.name}: optimisers are compared on a config of an original network or "
+            f"of phase 0, whose optimizer is adam, with a rate"
+        )
     found = []
-    for one, factor in rates:
-        lr = factor * args["lr"]
-        changes = {"optimizer": {**one, "args": {**one["args"], "lr": lr}}}
-        found.append(Variant(f"{one['name']}, lr {lr:.2g}", changes))
+    for name, given, factors in (("adam", args, (0.5, 1, 2)), ("soap", {}, (1, 2, 4))):
+        for factor in factors:
+            lr = factor * args["lr"]
+            changes = {"optimizer": {"name": name, "args": {**given, "lr": lr}}}
+            found.append(Variant(f"{name}, lr {lr:.2g}", changes))
     return found
 
 
@@ -237,6 +239,8 @@ def train_variants(
         raw = copy.deepcopy(config.raw)
         cosine = {"name": "CosineAnnealingLR_Restart", "args": {"T_period": [iterations]}}
         always = {"iter_max": iterations, "lr_scheduler": cosine, "valid_dataset": None}
+        # One figure of speed for the whole run; the same start for all runs.
+        always |= {"iter_print": iterations, "seed": config.seed or 0, "init": None}
         for path, value in {**always, **variant.changes}.items():
             *parents, last = path.split(".")
             functools.reduce(lambda node, key: node[key], parents, raw)[last] = value

@@ -36,15 +36,15 @@ them (EMA) little to gain at the end of a run.
 _OPTIMIZERS = """## Optimisers: {config}
 
 {run}, from scratch, each with a cosine to the end. PSNR (dB, RGB){where}. Rates are the config's, a
-half and twice that (Adam), and one, two and four times that (SOAP).
+half and twice that (Adam), and one, two and four times that (SOAP, else with its defaults).
 """
 # Parts that are kept for each config begin so.
 _OPTIMIZERS_KEY = "optimizers/"
 
 
-def key_of(part: str, config_name: str) -> str:
-    """Under which key a part's figures are kept."""
-    return f"{_OPTIMIZERS_KEY}{config_name}" if part == "optimizers" else part
+def key_of(part: str, optimizer_config: str) -> str:
+    """Under which key a part's figures are kept; for optimisers, one for each config (its path)."""
+    return f"{_OPTIMIZERS_KEY}{optimizer_config}" if part == "optimizers" else part
 
 
 def page(content: dict[str, Any]) -> str:
@@ -118,7 +118,7 @@ def _optimizers(part: dict[str, Any]) -> str:
         [row["variant"], *(f"{row[name]:.3f}" for name in names), f"{row['iterations_per_s']:.2f}"]
         for row in rows
     ]
-    where = " of the heavy upsampler everywhere" if "pcsr" in part["config"] else ""
+    where = " of the heavy upsampler everywhere" if part["is_pcsr"] else ""
     words = _OPTIMIZERS.format(run=_run(part), config=part["config"], where=where)
     return words + "\n" + _table(["optimizer", *names, "iterations/s"], lines)
 

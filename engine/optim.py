@@ -66,6 +66,8 @@ def make_soap(
     for name, beta in (("betas", first), ("betas", second), ("shampoo_beta", shampoo_beta)):
         if not 0 <= beta < 1:
             raise UserError(f"config: `optimizer.args.{name}` must be in [0, 1), not {beta}")
+    if not eps > 0:
+        raise UserError(f"config: `optimizer.args.eps` must be positive, not {eps}")
     for name, value in (
         ("precondition_frequency", precondition_frequency),
         ("max_precondition_dim", max_precondition_dim),
@@ -113,9 +115,9 @@ def load_optimizer(
             raise ValueError(f"it holds {sum(counts[1])} tensors, the model has {sum(counts[0])}")
         optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
         for parameter, state in optimizer.state.items():
-            fits = optimizer.fits if isinstance(optimizer, Soap) else _fits
-            if not fits(parameter, state):
-                raise ValueError("a tensor has another shape")
+            check = optimizer.misfit if isinstance(optimizer, Soap) else _misfit
+            if (problem := check(parameter, state)) is not None:
+                raise ValueError(problem)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {source}: the state of its optimizer does not fit the config ({error}); "
@@ -123,9 +125,13 @@ def load_optimizer(
         ) from error
 
 
-def _fits(parameter: Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether `state` can be that of `parameter` in torch's optimisers."""
-    return all(not v.dim() or v.shape == parameter.shape for v in state.values())
+def _misfit(parameter: Tensor, state: Mapping[str, Any]) -> str | None:
+    """Why `state` cannot be that of `parameter` in Adam; None if it can be."""
+    if set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+        return "it is of another optimizer"
+    if any(v.dim() and v.shape != parameter.shape for v in state.values()):
+        return "a tensor has another shape"
+    return None
 
 
 @SCHEDULERS.register("CosineAnnealingLR_Restart")

@@ -21,14 +21,21 @@ from torch import Tensor, nn
 # Elements of the weights that are moved together on a CPU, whose cache their states have to fit.
 _MOST_ON_CPU = 1 << 16
 
+_Alike = tuple[nn.Parameter, ...]
+_State = dict[str, Tensor]
+
 
 class Soap(torch.optim.Optimizer):
     """See the module. Weights of one axis (biases) have Adam's steps.
 
     The first gradient serves to find the first eigenvectors; it moves nothing.
 
-    A convolution's axes are its output channels, its input channels (of a group) and its taps; the
-    state of a 3x3 convolution of 64 channels takes 2.5 times the memory of the weights.
+    A convolution's axes are its output channels, its input channels (of a group) and its taps. The
+    state of a CARN takes 7 times the memory of its weights, where Adam's takes 2.
+
+    Where an axis is longer than all others together, some of its first eigenvectors are arbitrary:
+    rounding decides. Processes that train together must compute alike, on the same hardware with
+    the same libraries, as nothing but their gradients is made equal.
 
     Args:
         params: what to train.
@@ -51,12 +58,21 @@ class Soap(torch.optim.Optimizer):
         precondition_frequency: int = 10,
         max_precondition_dim: int = 1024,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas})
-        self._shampoo_beta = shampoo_beta
-        self._eps = eps
-        self._frequency = precondition_frequency
-        self._max_dim = max_precondition_dim
-        self._stacks: dict[tuple[nn.Parameter, ...], dict[str, Tensor]] = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "precondition_frequency": precondition_frequency,
+            "max_precondition_dim": max_precondition_dim,
+        }
+        self._stacks: dict[_Alike, _State] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After loading and copying: states are no views into `_stacks` any more."""
+        super().__setstate__(state)
+        self._stacks = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -64,117 +80,116 @@ class Soap(torch.optim.Optimizer):
         for group in self.param_groups:
             for weights in self._alike(group["params"]):
                 gradients = torch.stack([_seen(weight.grad) for weight in weights])
-                stack = self._stacks.get(weights) or self._gathered(weights)
-                if stack is None:
+                if not self.state[weights[0]]:
                     # A gradient lies in its own eigenvectors: beside them is nothing but noise of
                     # rounding, which Adam would turn into steps of full size.
-                    self._begin(weights, gradients)
+                    self._share(weights, _first_state(gradients, group))
                     continue
-                steps = self._steps(stack, gradients, group["lr"], group["betas"])
-                for weight, step in zip(weights, steps, strict=True):
-                    weight.sub_(step.reshape(weight.shape))
+                stack = self._stacks.get(weights) or self._gathered(weights)
+                steps = _steps(stack, gradients, group).unbind()
+                torch._foreach_sub_(
+                    list(weights),
+                    [
+                        step.reshape(weight.shape)
+                        for step, weight in zip(steps, weights, strict=True)
+                    ],
+                )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's."""
-        super().load_state_dict(state_dict)
-        self._stacks.clear()
-
-    def fits(self, weight: Tensor, state: Mapping[str, Any]) -> bool:
-        """Whether `state`, loaded from a checkpoint, can be that of `weight`."""
+    def misfit(self, weight: Tensor, state: Mapping[str, Any]) -> str | None:
+        """Why `state`, loaded from a checkpoint, cannot be that of `weight`; None if it can be."""
         shape = tuple(_seen(weight).shape)
-        wanted = {"exp_avg": shape, "exp_avg_sq": shape}
-        for axis in self._turned(shape):
-            square = (shape[axis], shape[axis])
-            wanted |= {_covariance(axis): square, _basis(axis): square}
-        found = {key: tuple(value.shape) for key, value in state.items() if key != "step"}
-        return found == wanted and int(state["step"]) >= 0
+        wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+        for axis in _turned(shape, self.defaults["max_precondition_dim"]):
+            wanted |= dict.fromkeys((_covariance(axis), _basis(axis)), (shape[axis], shape[axis]))
+        if set(state) != set(wanted):
+            return "it is of another optimizer, or of another max_precondition_dim"
+        fits = all(tuple(state[key].shape) == size for key, size in wanted.items())
+        return None if fits else "a tensor has another shape"
 
-    def _alike(self, weights: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, ...]]:
+    def _alike(self, weights: Iterable[nn.Parameter]) -> list[_Alike]:
         """Those with a gradient, by shape and the number of steps that they have had."""
         found: dict[Any, list[nn.Parameter]] = {}
         for weight in weights:
             if weight.grad is not None:
-                count = int(self.state[weight]["step"]) if self.state[weight] else -1
-                key = (_seen(weight).shape, weight.device, weight.dtype, count)
+                state = self.state[weight]
+                count = int(state["step"]) if state else -1
+                key = (weight.shape, weight.device, weight.dtype, count)
                 found.setdefault(key, []).append(weight)
         return [part for alike in found.values() for part in _parts(alike)]
 
-    def _turned(self, shape: Sequence[int]) -> list[int]:
-        """The axes that have eigenvectors."""
-        if len(shape) == 1:
-            return []
-        return [axis for axis, size in enumerate(shape) if 1 < size <= self._max_dim]
-
     # States: of each weight a view into that of all alike
 
-    def _gathered(self, weights: tuple[nn.Parameter, ...]) -> dict[str, Tensor] | None:
-        """What the weights have had so far, together; None before the first gradient."""
+    def _gathered(self, weights: _Alike) -> _State:
+        """What the weights have had so far, together."""
         states = [self.state[weight] for weight in weights]
-        if not states[0]:
-            return None
-        return self._share(weights, {k: torch.stack([s[k] for s in states]) for k in states[0]})
-
-    def _begin(self, weights: tuple[nn.Parameter, ...], gradients: Tensor) -> None:
-        # On the CPU, as in torch's optimisers: no GPU is waited for to know it.
-        stack = {"step": torch.zeros(len(weights))}
-        stack |= {key: torch.zeros_like(gradients) for key in ("exp_avg", "exp_avg_sq")}
-        for axis in self._turned(gradients.shape[1:]):
-            # A gradient that is not finite is the caller's to report; eigh would raise.
-            covariances = torch.nan_to_num(_outer(gradients, axis), posinf=0.0, neginf=0.0)
-            stack[_covariance(axis)] = covariances
-            stack[_basis(axis)] = torch.linalg.eigh(covariances)[1].flip(-1).contiguous()
+        stack = {key: torch.stack([state[key] for state in states]) for key in states[0]}
         self._share(weights, stack)
-
-    def _share(
-        self, weights: tuple[nn.Parameter, ...], stack: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        for index, weight in enumerate(weights):
-            self.state[weight] = {key: value[index] for key, value in stack.items()}
-        # Of any others with the same weights, the states are no views any more.
-        stale = [key for key in self._stacks if not set(key).isdisjoint(weights)]
-        for key in stale:
-            del self._stacks[key]
-        self._stacks[weights] = stack
         return stack
 
-    # The formula
-
-    def _steps(
-        self, stack: dict[str, Tensor], gradients: Tensor, lr: float, betas: tuple[float, float]
-    ) -> Tensor:
-        """What to take from the weights; brings `stack` up to `gradients`."""
-        stack["step"] += 1
-        count = int(stack["step"][0])
-        bases = [stack.get(_basis(axis)) for axis in range(gradients.dim() - 1)]
-        beta1, beta2 = betas
-        means = stack["exp_avg"].lerp_(gradients, 1 - beta1)
-        squares = stack["exp_avg_sq"].lerp_(_turn(gradients, bases).square(), 1 - beta2)
-        roots = (squares / (1 - beta2**count)).sqrt_().add_(self._eps)
-        steps = _turn(_turn(means, bases) / roots, bases, back=True)
-        self._follow(stack, gradients, is_due=count % self._frequency == 0)
-        return steps * (lr / (1 - beta1**count))
-
-    def _follow(self, stack: dict[str, Tensor], gradients: Tensor, *, is_due: bool) -> None:
-        """Bring covariances and, when it is time, eigenvectors up to `gradients`."""
-        for axis in self._turned(gradients.shape[1:]):
-            covariances = stack[_covariance(axis)]
-            covariances.lerp_(_outer(gradients, axis), 1 - self._shampoo_beta)
-            if is_due:
-                bases = stack[_basis(axis)]
-                images = covariances @ bases
-                # QR keeps the order of columns: the largest first, or small ones spoil them.
-                order = (bases * images).sum(1).argsort(descending=True)
-                sorted_images = images.gather(2, order.unsqueeze(1).expand_as(images))
-                bases.copy_(torch.linalg.qr(sorted_images)[0])
-                squares = stack["exp_avg_sq"]
-                squares.copy_(_ordered(squares, axis, order))
+    def _share(self, weights: _Alike, stack: _State) -> None:
+        for index, weight in enumerate(weights):
+            self.state[weight] = {key: value[index] for key, value in stack.items()}
+        for others in [key for key in self._stacks if not set(key).isdisjoint(weights)]:
+            del self._stacks[others]
+            # Views would keep all of the stack.
+            for weight in set(others).difference(weights):
+                self.state[weight] = {k: v.clone() for k, v in self.state[weight].items()}
+        self._stacks[weights] = stack
 
 
-def _parts(alike: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, ...]]:
-    first = alike[0]
-    most = max(1, _MOST_ON_CPU // first.numel()) if first.device.type == "cpu" else len(alike)
-    for start in range(0, len(alike), most):
-        yield tuple(alike[start : start + most])
+# Tensors of N weights: gradients (N, *shape), and states
+
+
+def _first_state(gradients: Tensor, group: Mapping[str, Any]) -> _State:
+    # On the CPU, as in torch's optimisers: no GPU is waited for to know it.
+    state = {"step": torch.zeros(len(gradients))}
+    state |= {key: torch.zeros_like(gradients) for key in ("exp_avg", "exp_avg_sq")}
+    for axis in _turned(gradients.shape[1:], group["max_precondition_dim"]):
+        covariances = _outer(gradients, axis) * (1 - group["shampoo_beta"])
+        # A gradient that is not finite is the caller's to report; eigh would raise. It is a
+        # function of CPUs and CUDA alone.
+        finite = torch.nan_to_num(covariances, posinf=0.0, neginf=0.0).cpu()
+        bases = torch.linalg.eigh(finite)[1].to(gradients.device)
+        state |= {_covariance(axis): covariances, _basis(axis): bases.contiguous()}
+    return state
+
+
+def _steps(state: _State, gradients: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """What to take from the weights; brings `state` up to `gradients`."""
+    state["step"] += 1
+    count = int(state["step"][0])
+    bases = [state.get(_basis(axis)) for axis in range(gradients.dim() - 1)]
+    beta1, beta2 = group["betas"]
+    means = state["exp_avg"].lerp_(gradients, 1 - beta1)
+    squares = state["exp_avg_sq"].lerp_(_turn(gradients, bases).square(), 1 - beta2)
+    roots = (squares / (1 - beta2**count)).sqrt_().add_(group["eps"])
+    steps = _turn(_turn(means, bases) / roots, bases, back=True)
+    _follow(state, gradients, group, is_due=count % group["precondition_frequency"] == 0)
+    return steps * (group["lr"] / (1 - beta1**count))
+
+
+def _follow(state: _State, gradients: Tensor, group: Mapping[str, Any], *, is_due: bool) -> None:
+    """Bring covariances and, when it is time, eigenvectors up to `gradients`."""
+    for axis in _turned(gradients.shape[1:], group["max_precondition_dim"]):
+        covariances = state[_covariance(axis)]
+        covariances.lerp_(_outer(gradients, axis), 1 - group["shampoo_beta"])
+        if not is_due:
+            continue
+        bases = state[_basis(axis)]
+        images = covariances @ bases
+        # QR keeps the order of columns: the largest first, or small ones spoil them.
+        order = (bases * images).sum(1).argsort(descending=True)
+        images = images.gather(2, order.unsqueeze(1).expand_as(images))
+        bases.copy_(torch.linalg.qr(images)[0])
+        squares = state["exp_avg_sq"]
+        squares.copy_(_ordered(squares, axis, order))
+
+
+def _turned(shape: Sequence[int], most: int) -> list[int]:
+    """The axes that have eigenvectors."""
+    if len(shape) == 1:
+        return []
+    return [axis for axis, size in enumerate(shape) if 1 < size <= most]
 
 
 def _covariance(axis: int) -> str:
@@ -189,6 +204,16 @@ def _seen(weight: Tensor | None) -> Tensor:
     """A weight, or its gradient, by the axes it is seen in: taps of a convolution are one."""
     assert weight is not None
     return weight.flatten(2) if weight.dim() > 2 else weight
+
+
+def _parts(alike: list[nn.Parameter]) -> Iterator[_Alike]:
+    """Those that are moved together."""
+    first = alike[0]
+    most = len(alike)
+    if first.device.type == "cpu":
+        most = max(1, _MOST_ON_CPU // max(1, first.numel()))
+    for start in range(0, len(alike), most):
+        yield tuple(alike[start : start + most])
 
 
 def _outer(x: Tensor, axis: int) -> Tensor:

@@ -16,7 +16,8 @@ from benchmarks.learning_cases import (
     train_routing,
 )
 from benchmarks.learning_measure import ORDERS
-from tests.training import ONE, checkpoint_of, make_config, make_pictures, run
+from tests.training import ONE, SOAP, checkpoint_of, make_config, make_pictures, run
+from utils.errors import UserError
 
 SCRIPT = REPOSITORY / "benchmarks" / "learning.py"
 
@@ -51,7 +52,7 @@ def test_script(
     for kind in ("fsrcnn", "fsrcnn-phase0", "fsrcnn-phase1"):
         raw = make_config(kind, pictures).raw
         (tmp_path / f"{kind}.yaml").write_text(json.dumps(raw), encoding="utf-8")
-    words = ["--iterations=1", "--device=cpu", f"--hr_data={tmp_path / 'hr' / 'HR'}"]
+    words = ["--iterations=2", "--device=cpu", f"--hr_data={tmp_path / 'hr' / 'HR'}"]
     words += [f"--phase0_config={tmp_path / 'fsrcnn-phase0.yaml'}", f"--out={tmp_path / 'out'}"]
     words += [f"--config={tmp_path / 'fsrcnn-phase1.yaml'}"]
     words += [f"--optimizer_config={tmp_path / 'fsrcnn.yaml'}"]
@@ -66,14 +67,26 @@ def test_script(
     ]
     assert set(written["routing"]["rows"][0]["hr"]["orders"]) == set(ORDERS)
     assert [row["variant"] for row in written["phase0"]["rows"]] == [
-        variant.name for variant in phase0_variants(phase0, 1)
+        variant.name for variant in phase0_variants(phase0, 2)
     ]
-    rows = written["optimizers/fsrcnn"]["rows"]
+    rows = written[f"optimizers/{tmp_path / 'fsrcnn.yaml'}"]["rows"]
+    assert len({row["hr"] for row in rows}) == len(rows), "all of them train"
     assert [row["variant"] for row in rows] == [
-        variant.name for variant in optimizer_variants(phase0, 1)
+        variant.name for variant in optimizer_variants(phase0, 2)
     ]
     assert all(row["iterations_per_s"] > 0 and row["hr"] > 0 for row in rows)
     page = (tmp_path / "out" / "README.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     for part in written.values():
         assert part["command"] in page
+
+
+def test_wrong_configs_of_optimisers_are_named(tmp_path: Path) -> None:
+    pictures = make_pictures(tmp_path / "pictures", side=64)
+    for config in (
+        make_config("fsrcnn-phase1", pictures),
+        make_config("fsrcnn", pictures, optimizer=SOAP),
+        make_config("fsrcnn", pictures, optimizer={"name": "adam"}),
+    ):
+        with pytest.raises(UserError, match="an original network or of phase 0, whose optimizer"):
+            optimizer_variants(config, 1)

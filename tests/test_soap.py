@@ -1,6 +1,7 @@
 """SOAP: its formula, what it is for, and its checkpoints."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,75 @@ def steps(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for weight in weights(optimizer):
             weight.grad = torch.randn(weight.shape, generator=generator)
         optimizer.step()
+
+
+def by_the_paper(
+    weight: Tensor,
+    gradients: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    shampoo_beta: float,
+    eps: float,
+    frequency: int,
+    longest: int,
+) -> Tensor:
+    """One weight, one axis after the other; nothing shared with `engine.soap`."""
+
+    def turned(x: Tensor, *, back: bool = False) -> Tensor:
+        for axis, basis in bases.items():
+            matrix = basis if back else basis.mT
+            x = torch.tensordot(matrix, x, dims=([1], [axis])).movedim(0, axis)
+        return x
+
+    def outer(x: Tensor, axis: int) -> Tensor:
+        rows = x.movedim(axis, 0).flatten(1)
+        return rows @ rows.mT
+
+    first, *others = [x.reshape(*x.shape[:2], -1) if x.dim() > 2 else x for x in gradients]
+    axes = [i for i, n in enumerate(first.shape) if first.dim() > 1 and 1 < n <= longest]
+    covariances = {axis: (1 - shampoo_beta) * outer(first, axis) for axis in axes}
+    bases = {axis: torch.linalg.eigh(covariances[axis])[1] for axis in axes}
+    mean, square = torch.zeros_like(first), torch.zeros_like(first)
+    weight = weight.clone()
+    for t, gradient in enumerate(others, start=1):
+        mean = betas[0] * mean + (1 - betas[0]) * gradient
+        square = betas[1] * square + (1 - betas[1]) * turned(gradient) ** 2
+        root = (square / (1 - betas[1] ** t)).sqrt() + eps
+        step = turned(turned(mean) / (1 - betas[0] ** t) / root, back=True)
+        weight -= lr * step.reshape(weight.shape)
+        for axis in axes:
+            old = covariances[axis]
+            covariances[axis] = shampoo_beta * old + (1 - shampoo_beta) * outer(gradient, axis)
+            if t % frequency == 0:
+                basis, new = bases[axis], covariances[axis]
+                order = (basis.mT @ new @ basis).diagonal().argsort(descending=True)
+                square = square.index_select(axis, order)
+                bases[axis] = torch.linalg.qr(new @ basis[:, order])[0]
+    return weight
+
+
+@pytest.mark.parametrize("longest", [1024, 6])
+@pytest.mark.parametrize("shape", [(6, 3, 3, 3), (7, 7), (5,)])
+def test_steps_are_the_papers(shape: tuple[int, ...], longest: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw() -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    # Which rows are the largest changes, and with it the order of the eigenvectors.
+    sizes = torch.logspace(-1, 1, shape[0], dtype=torch.float64)
+    sizes = sizes.reshape(-1, *[1] * (len(shape) - 1))
+    start = draw()
+    gradients = [draw() * (sizes if k < 6 else 1 / sizes) for k in range(15)]
+    weight = nn.Parameter(start.clone())
+    args: dict[str, Any] = {"betas": (0.9, 0.7), "shampoo_beta": 0.8, "eps": 1e-3}
+    optimizer = Soap([weight], 0.01, precondition_frequency=3, max_precondition_dim=longest, **args)
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    expected = by_the_paper(start, gradients, lr=0.01, frequency=3, longest=longest, **args)
+    torch.testing.assert_close(weight.detach(), expected, atol=1e-10, rtol=0)
 
 
 def test_the_first_steps_of_a_matrix_by_hand() -> None:
@@ -156,23 +226,65 @@ def test_weights_in_channels_last_have_the_same_steps() -> None:
 
 
 def test_weights_of_one_shape_are_moved_as_if_alone() -> None:
-    """Also when one of them gets its first gradient later than the others, or misses one."""
-    together = make((4, 6), (4, 6), (4, 6))
-    alone = [make((4, 6)) for _ in range(3)]
+    """Also where they part, as one has no gradient, and meet again."""
+    shapes = ((4, 4),) * 3
+    together = make(*shapes, precondition_frequency=2)
+    alone = [make((4, 4), precondition_frequency=2) for _ in shapes]
     for own, single in zip(weights(together), alone, strict=True):
         weights(single)[0].data.copy_(own)
-    for number in range(12):
-        present = [0, 2] if number in (0, 5) else [0, 1, 2]
+    missing = {(0, 1), (4, 0), (6, 1), (8, 2)}
+    for number in range(14):
         together.zero_grad()
-        for index in present:
+        for index, single in enumerate(alone):
+            if (number, index) in missing:
+                continue
             generator = torch.Generator().manual_seed(10 * number + index)
-            gradient = torch.randn(4, 6, generator=generator)
-            weights(together)[index].grad = gradient.clone()
-            weights(alone[index])[0].grad = gradient.clone()
-            alone[index].step()
+            gradient = torch.randn(4, 4, generator=generator)
+            weights(together)[index].grad = gradient
+            weights(single)[0].grad = gradient.clone()
+            single.step()
         together.step()
     for own, single in zip(weights(together), alone, strict=True):
         torch.testing.assert_close(own, weights(single)[0], atol=1e-5, rtol=0)
+
+
+def test_a_state_replaces_the_one_that_is_there() -> None:
+    optimizer = make((4, 4), (4, 4), precondition_frequency=2)
+    steps(optimizer, 0, 4)
+    saved = copy.deepcopy(optimizer.state_dict())
+    then = [weight.detach().clone() for weight in weights(optimizer)]
+    steps(optimizer, 4, 8)
+    end = [weight.detach().clone() for weight in weights(optimizer)]
+    for weight, value in zip(weights(optimizer), then, strict=True):
+        weight.data.copy_(value)
+    load_optimizer(optimizer, saved, Path("x.pth"))
+    steps(optimizer, 4, 8)
+    assert all(map(torch.equal, weights(optimizer), end))
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    optimizer = make(precondition_frequency=2)
+    steps(optimizer, 0, 5)
+    other = copy.deepcopy(optimizer)
+    steps(other, 5, 9)
+    steps(optimizer, 5, 9)
+    assert all(map(torch.equal, weights(optimizer), weights(other)))
+
+
+def test_checkpoints_hold_each_state_once(tmp_path: Path) -> None:
+    """After weights that were moved together have parted, too."""
+    shapes = ((32, 32),) * 8
+    optimizer = make(*shapes)
+    sizes = []
+    for present in (8, 7, 8):
+        steps(optimizer, 0, 2)
+        optimizer.zero_grad()
+        for weight in weights(optimizer)[:present]:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        torch.save(optimizer.state_dict(), tmp_path / "x.pth")
+        sizes.append((tmp_path / "x.pth").stat().st_size)
+    assert max(sizes) < 1.3 * min(sizes)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -180,8 +292,8 @@ def test_a_gradient_that_is_not_finite_does_not_end_the_program(value: float) ->
     """Who trains sees it in the losses, and says so in words."""
     optimizer = make((3, 4))
     weights(optimizer)[0].grad = torch.full((3, 4), value)
-    optimizer.step()
-    optimizer.step()
+    for _ in range(12):
+        optimizer.step()
     assert not weights(optimizer)[0].isfinite().any()
 
 
@@ -192,14 +304,14 @@ def test_states_of_other_weights_and_optimisers_are_refused() -> None:
     for weight in weights(adam):
         weight.grad = torch.ones_like(weight)
     adam.step()
-    cases: list[tuple[torch.optim.Optimizer, dict[str, Any]]] = [
-        (make((6, 3, 3, 3), (4, 7), (5,)), saved.state_dict()),
-        (make(max_precondition_dim=5), saved.state_dict()),
-        (make(), adam.state_dict()),
-        (adam, saved.state_dict()),
+    cases: list[tuple[torch.optim.Optimizer, dict[str, Any], str]] = [
+        (make((6, 3, 3, 3), (4, 7), (5,)), saved.state_dict(), "a tensor has another shape"),
+        (make(max_precondition_dim=5), saved.state_dict(), "another max_precondition_dim"),
+        (make(), adam.state_dict(), "another optimizer"),
+        (adam, saved.state_dict(), "another optimizer"),
     ]
-    for optimizer, state in cases:
-        with pytest.raises(UserError, match="a tensor has another shape"):
+    for optimizer, state, message in cases:
+        with pytest.raises(UserError, match=message):
             load_optimizer(optimizer, copy.deepcopy(state), Path("x.pth"))
 
 
@@ -210,6 +322,7 @@ def test_states_of_other_weights_and_optimisers_are_refused() -> None:
         ({"betas": [0.9]}, "takes two numbers"),
         ({"betas": [0.9, 1]}, r"`optimizer.args.betas` must be in \[0, 1\), not 1"),
         ({"shampoo_beta": -0.1}, r"`optimizer.args.shampoo_beta` must be in \[0, 1\)"),
+        ({"eps": 0}, "`optimizer.args.eps` must be positive, not 0"),
         ({"precondition_frequency": 0}, "precondition_frequency` must be at least 1"),
         ({"max_precondition_dim": 0}, "max_precondition_dim` must be at least 1"),
         ({"weight_decay": 0}, "unknown key `optimizer.args.weight_decay`"),
