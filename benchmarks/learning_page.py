@@ -35,8 +35,9 @@ them (EMA) little to gain at the end of a run.
 """
 _OPTIMIZERS = """## Optimisers: {config}
 
-{run}, from scratch, each with a cosine to the end. PSNR (dB, RGB){where}. Rates are the config's, a
-half and twice that (Adam), and one, two and four times that (SOAP, else with its defaults).
+{run}, from scratch, each with a
+cosine to the end. PSNR (dB, RGB){where}. Rates are the config's, a half and twice that (Adam), and
+one, two and four times that (SOAP, else with its defaults).
 """
 # Parts that are kept for each config begin so.
 _OPTIMIZERS_KEY = "optimizers/"

@@ -18,8 +18,8 @@ _STARTED = re.compile(
 
 def training_table() -> str:
     """How the released weights were trained, from what is beside them."""
-    titles = ["config", "iterations", "batch", "LR patch", "learning rate", "routing loss"]
-    titles += ["precision", "device", "hours", "begins with", "validation"]
+    titles = ["config", "iterations", "batch", "LR patch", "optimizer", "learning rate"]
+    titles += ["routing loss", "precision", "device", "hours", "begins with", "validation"]
     names = [
         name
         for subject in SUBJECTS
@@ -59,6 +59,7 @@ def _training_line(name: str) -> list[str]:
         str(trained[-1]["iteration"] if trained else 0),
         str(config.train_dataset.batch_size),
         str(config.train_dataset.wrapper["args"].get("inp_size", NONE)),
+        config.optimizer["name"],
         _rates(config),
         _routing_loss(config),
         config.precision,
