@@ -6,7 +6,7 @@ turned into the eigenvectors of all C_i, where its one rate an element fits best
 turned back. The eigenvectors follow C_i by one step of orthogonal iteration at a time.
 
 The networks here share layers, and originals learn the picture itself besides its details: badly
-conditioned for Adam, which needs many times the iterations.
+conditioned for Adam, which needs more iterations (results/learning).
 
 Weights of the same shape are moved together, in tensors of (N, *shape), N weights: a network has a
 hundred weights but some ten shapes, and on a GPU small operations cost what it takes to start them.
