@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.optim_args import check_rate, two_betas
+from utils.errors import UserError
+
 # Elements of the weights that are moved together on a CPU, whose cache their states have to fit.
 _MOST_ON_CPU = 1 << 16
 
@@ -45,6 +48,9 @@ class Soap(torch.optim.Optimizer):
         eps: added to the root of the squares.
         precondition_frequency: steps from one change of the eigenvectors to the next.
         max_precondition_dim: longer axes are not turned.
+
+    Raises:
+        UserError: an argument out of its range.
     """
 
     def __init__(
@@ -52,15 +58,28 @@ class Soap(torch.optim.Optimizer):
         params: Iterable[nn.Parameter],
         lr: float,
         *,
-        betas: tuple[float, float] = (0.95, 0.95),
+        betas: Sequence[float] = (0.95, 0.95),
         shampoo_beta: float = 0.95,
         eps: float = 1e-8,
         precondition_frequency: int = 10,
         max_precondition_dim: int = 1024,
     ) -> None:
+        check_rate(lr)
+        first, second = two_betas(betas)
+        for name, beta in (("betas", first), ("betas", second), ("shampoo_beta", shampoo_beta)):
+            if not 0 <= beta < 1:
+                raise UserError(f"config: `optimizer.args.{name}` must be in [0, 1), not {beta}")
+        if not eps > 0:
+            raise UserError(f"config: `optimizer.args.eps` must be positive, not {eps}")
+        for name, value in (
+            ("precondition_frequency", precondition_frequency),
+            ("max_precondition_dim", max_precondition_dim),
+        ):
+            if value < 1:
+                raise UserError(f"config: `optimizer.args.{name}` must be at least 1, not {value}")
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": (first, second),
             "shampoo_beta": shampoo_beta,
             "eps": eps,
             "precondition_frequency": precondition_frequency,
