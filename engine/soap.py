@@ -42,7 +42,7 @@ class Soap(torch.optim.Optimizer):
 
     Args:
         params: what to train.
-        lr: rate; good ones are two to four times as large as Adam's.
+        lr: rate; good ones are two to four times those of the configs for Adam.
         betas: decays of the gradients' mean and of their squares' mean.
         shampoo_beta: decay of the covariances.
         eps: added to the root of the squares.
