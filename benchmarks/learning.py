@@ -2,7 +2,8 @@
 
 Phase 1: its losses, from the same phase 0 weights on the same batches, and how near the routing
 that they teach comes to what any classifier could reach. Phase 0: EMA, warm-up, larger patches.
-Optimisers: Adam and SOAP, for an original network and for phase 0.
+Optimisers: Adam and SOAP, for an original network and for phase 0. Pixel losses: L1, L2, and L2 at
+the end.
 """
 
 import argparse
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 
 from benchmarks.learning_cases import (
     Trained,
+    loss_variants,
     optimizer_variants,
     phase0_variants,
     train_routing,
@@ -44,9 +46,13 @@ from utils.errors import UserError
 from utils.log import set_up
 from utils.machine import describe
 
-PARTS = ("routing", "phase0", "optimizers")
+PARTS = ("routing", "phase0", "optimizers", "losses")
 # How each part that trains from scratch does so.
-_VARIANTS = {"phase0": phase0_variants, "optimizers": optimizer_variants}
+_VARIANTS = {
+    "phase0": phase0_variants,
+    "optimizers": optimizer_variants,
+    "losses": loss_variants,
+}
 _JSON, _PAGE = "learning.json", "README.md"
 
 
@@ -54,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = Parser(
         description="Compare options of training on short runs with the same seed: phase 1's "
-        "losses; phase 0 with EMA, warm-up and larger patches; Adam and SOAP. Prints tables and "
-        "writes them, with all figures, to --out.",
+        "losses; phase 0 with EMA, warm-up and larger patches; Adam and SOAP; L1 and L2. Prints "
+        "tables and writes them, with all figures, to --out.",
         example="python -m benchmarks.learning --parts routing --iterations 600 --out results/tmp",
     )
     parser.add_argument(
@@ -85,6 +91,12 @@ def parse_arguments() -> argparse.Namespace:
         default="configs/cpu/carn-x4.yaml",
         metavar="YAML",
         help="Of an original network or of phase 0, for the optimisers.",
+    )
+    parser.add_argument(
+        "--loss_config",
+        default="configs/soap/fsrcnn-x4.yaml",
+        metavar="YAML",
+        help="Of an original network or of phase 0, for the pixel losses.",
     )
     parser.add_argument(
         "--weights",
@@ -132,6 +144,7 @@ def main() -> None:
         "routing": load_config(args.config, args.overrides),
         "phase0": load_config(args.phase0_config, args.overrides),
         "optimizers": load_config(args.optimizer_config, args.overrides),
+        "losses": load_config(args.loss_config, args.overrides),
     }
     sets = {_set_name(path): _images(path, configs["routing"]) for path in args.hr_data}
     content = _written_before(args.out)

@@ -110,6 +110,27 @@ def optimizer_variants(config: Config, _: int) -> list[Variant]:
     return found
 
 
+def loss_variants(config: Config, iterations: int) -> list[Variant]:
+    """L1, L2, and L1 with L2 for the last part of the run.
+
+    Raises:
+        UserError: a config of phase 1, or fewer iterations than parts.
+    """
+    if config.phase == 1:
+        raise UserError(
+            f"config {config.name}: pixel losses are compared on a config of an original network "
+            f"or of phase 0"
+        )
+    if iterations < 4:
+        raise UserError("--iterations: pixel losses are compared over 4 iterations or more")
+    starts = {"the last quarter": iterations * 3 // 4, "the last half": iterations // 2}
+    return [
+        Variant("L1"),
+        *(Variant(f"L1, L2 in {part}", {"l2_from": start}) for part, start in starts.items()),
+        Variant("L2", {"l2_from": 0}),
+    ]
+
+
 class _Once:
     """A function that is computed once until it is told to :meth:`forget`."""
 
@@ -241,6 +262,7 @@ def train_variants(
         always = {"iter_max": iterations, "lr_scheduler": cosine, "valid_dataset": None}
         # One figure of speed for the whole run; the same start for all runs.
         always |= {"iter_print": iterations, "seed": config.seed or 0, "init": None}
+        always["l2_from"] = None
         for path, value in {**always, **variant.changes}.items():
             *parents, last = path.split(".")
             functools.reduce(lambda node, key: node[key], parents, raw)[last] = value

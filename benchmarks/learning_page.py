@@ -39,6 +39,14 @@ _OPTIMIZERS = """## Optimisers: {config}
 cosine to the end. PSNR (dB, RGB){where}. Rates are the config's, a half and twice that (Adam), and
 one, two and four times that (SOAP, else with its defaults).
 """
+_LOSSES = """## Pixel losses: {config}
+
+{run}, from scratch, each with a
+cosine to the end. PSNR (dB, RGB){where}.
+
+L1 aims at the median of what HR can be, L2 at its mean, which is what PSNR rewards. L2's gradient
+is led by the few pixels with large errors.
+"""
 # Parts that are kept for each config begin so.
 _OPTIMIZERS_KEY = "optimizers/"
 
@@ -55,7 +63,11 @@ def page(content: dict[str, Any]) -> str:
         parts.append(_routing(content["routing"]))
     if "phase0" in content:
         parts.append(_phase0(content["phase0"]))
-    parts += [_optimizers(part) for key, part in content.items() if _is_of_optimizers(key)]
+    for key, part in content.items():
+        if _is_of_optimizers(key):
+            parts.append(_runs(part, _OPTIMIZERS, "optimizer"))
+    if "losses" in content:
+        parts.append(_runs(content["losses"], _LOSSES, "loss"))
     return "\n".join(parts)
 
 
@@ -112,7 +124,8 @@ def _is_of_optimizers(key: str) -> bool:
     return key.startswith(_OPTIMIZERS_KEY)
 
 
-def _optimizers(part: dict[str, Any]) -> str:
+def _runs(part: dict[str, Any], template: str, title: str) -> str:
+    """What each run reached, and how fast it was."""
     rows = part["rows"]
     names = _sets(rows)
     lines = [
@@ -120,8 +133,8 @@ def _optimizers(part: dict[str, Any]) -> str:
         for row in rows
     ]
     where = " of the heavy upsampler everywhere" if part["is_pcsr"] else ""
-    words = _OPTIMIZERS.format(run=_run(part), config=part["config"], where=where)
-    return words + "\n" + _table(["optimizer", *names, "iterations/s"], lines)
+    words = template.format(run=_run(part), config=part["config"], where=where)
+    return words + "\n" + _table([title, *names, "iterations/s"], lines)
 
 
 def _sets(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.microbatches import differentiable_sum_over_batch, sum_over_batch
+from engine.pixel_loss import PixelLoss
 from models.pcsr import PCSR
 from models.routing import relative_to_lightest
 from utils.registry import Registry
@@ -35,16 +36,19 @@ _PARTNERS = (0.13, 0.29, 0.47)
 
 @ROUTING_LOSSES.register("average")
 class RoutingObjective(nn.Module):
-    """The published loss: the mixture's L1, and the average load of each upsampler near N / M.
+    """The published loss: the mixture's pixel loss, and each upsampler's average load near N / M.
 
-    ``loss_rgb_w L1(sum_j p_j y_j, hr) + loss_avg_w mean_j |sum p_j - N/M| / (N/M)``, the sums over
+    ``loss_rgb_w L(sum_j p_j y_j, hr) + loss_avg_w mean_j |sum p_j - N/M| / (N/M)``, the sums over
     all N pixels of the whole batch. (For M = 2 both terms of the mean are equal: the published
     loss.)
     """
 
-    def __init__(self, *, model: PCSR, loss_rgb_w: float, loss_avg_w: float) -> None:
+    def __init__(
+        self, *, model: PCSR, pixel_loss: PixelLoss, loss_rgb_w: float, loss_avg_w: float
+    ) -> None:
         super().__init__()
         self.model = model
+        self.pixel_loss = pixel_loss
         self.loss_rgb_w = loss_rgb_w
         self.loss_avg_w = loss_avg_w
 
@@ -59,7 +63,7 @@ class RoutingObjective(nn.Module):
             ``{"loss", "loss_rgb", "loss_avg", "heavy_share"}``, scalars.
         """
         sr, probs_BMHW = self.model.mixture(lr, (hr.shape[-2], hr.shape[-1]))
-        loss_rgb = F.l1_loss(sr.float(), hr)
+        loss_rgb = self.pixel_loss(sr, hr)
         load_M = differentiable_sum_over_batch(probs_BMHW.sum(dim=(0, 2, 3)))
         # Made on the device: from the host it could not be part of a CUDA graph.
         pixels = load_M.new_full((), float(probs_BMHW[:, 0].numel()))
@@ -74,9 +78,10 @@ class RoutingObjective(nn.Module):
 
 
 class _GainObjective(nn.Module):
-    """``loss_rgb_w`` times the light upsamplers' mean L1 plus ``loss_avg_w`` times the gain's loss.
+    """The mean pixel loss of light upsamplers plus that of the gain, each times its weight.
 
-    The margins' unit is `threshold`: at k = 0 each step to a heavier upsampler must gain as much.
+    The weights are ``loss_rgb_w`` and ``loss_avg_w``. The margins' unit is `threshold`: at k = 0
+    each step to a heavier upsampler must gain as much.
     A pixel's loss looks at its own image alone, so nothing has to be shared between micro-batches.
 
     Args:
@@ -90,6 +95,7 @@ class _GainObjective(nn.Module):
         self,
         *,
         model: PCSR,
+        pixel_loss: PixelLoss,
         loss_rgb_w: float,
         loss_avg_w: float,
         target: str = "heavy",
@@ -106,6 +112,7 @@ class _GainObjective(nn.Module):
         if smoothing_px < 1 or smoothing_px % 2 == 0:
             raise ValueError(f"`smoothing_px` must be odd, not {smoothing_px}")
         self.model = model
+        self.pixel_loss = pixel_loss
         self.loss_rgb_w = loss_rgb_w
         self.loss_avg_w = loss_avg_w
         self.target = target
@@ -122,7 +129,7 @@ class _GainObjective(nn.Module):
         outputs, logits_BMHW = self.model.outputs(lr, (hr.shape[-2], hr.shape[-1]))
         *lights, heavy = (y.float() for y in outputs)
         target = heavy.detach() if self.target == "heavy" else hr
-        loss_rgb = torch.stack([F.l1_loss(light, target) for light in lights]).mean()
+        loss_rgb = torch.stack([self.pixel_loss(light, target) for light in lights]).mean()
         wanted_BKHW = self.wanted_margins([y.detach() for y in (*lights, heavy)], hr)
         loss_gain = self.compare(relative_to_lightest(logits_BMHW), wanted_BKHW)
         is_heavy = logits_BMHW.argmax(dim=1) == logits_BMHW.shape[1] - 1

@@ -17,6 +17,7 @@ from engine.data import Batch, to_device, train_batches, validation_sets
 from engine.divergence import Divergence, first_not_finite
 from engine.gradients import BatchGradients, Losses
 from engine.objectives import make_objective
+from engine.pixel_loss import PixelLoss
 from engine.recorder import Recorder
 from engine.run_folder import open_folder
 from engine.start import Start, TrainOptions, find_start, is_complete
@@ -112,6 +113,7 @@ class Trainer:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.state = TrainState(config, self.model, optimizer_spec, start)
+        self.pixel_loss = PixelLoss(config.l2_from).to(self.world.device)
         self.gradients = self._make_gradients()
         save_dir = self.options.save_dir
         self.checkpoints = Checkpoints(
@@ -143,6 +145,7 @@ class Trainer:
             loss_rgb_w=config.loss_rgb_w,
             loss_avg_w=config.loss_avg_w,
             routing_loss=config.routing_loss,
+            pixel_loss=self.pixel_loss,
         )
         run = compiled(objective, config.compile, self.world.device)
         return BatchGradients(
@@ -231,6 +234,7 @@ class Trainer:
         if self.config.channels_last:
             lr = lr.contiguous(memory_format=torch.channels_last)
         self.state.set_step(step)
+        self.pixel_loss.set_step(step)
         buffers = self.state.buffers() if self.config.nan_skip else []
         losses = self.gradients(lr, batch["hr"])
         done = step + 1

@@ -11,6 +11,7 @@ import torch
 from benchmarks.cases import REPOSITORY
 from benchmarks.learning_cases import (
     ROUTING_VARIANTS,
+    loss_variants,
     optimizer_variants,
     phase0_variants,
     train_routing,
@@ -52,10 +53,11 @@ def test_script(
     for kind in ("fsrcnn", "fsrcnn-phase0", "fsrcnn-phase1"):
         raw = make_config(kind, pictures).raw
         (tmp_path / f"{kind}.yaml").write_text(json.dumps(raw), encoding="utf-8")
-    words = ["--iterations=2", "--device=cpu", f"--hr_data={tmp_path / 'hr' / 'HR'}"]
+    words = ["--iterations=4", "--device=cpu", f"--hr_data={tmp_path / 'hr' / 'HR'}"]
     words += [f"--phase0_config={tmp_path / 'fsrcnn-phase0.yaml'}", f"--out={tmp_path / 'out'}"]
     words += [f"--config={tmp_path / 'fsrcnn-phase1.yaml'}"]
     words += [f"--optimizer_config={tmp_path / 'fsrcnn.yaml'}"]
+    words += [f"--loss_config={tmp_path / 'fsrcnn.yaml'}"]
     words += [f"--weights={tmp_path / 'p0' / 'iter_last.pth'}"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     with pytest.raises(SystemExit) as ended:
@@ -67,14 +69,17 @@ def test_script(
     ]
     assert set(written["routing"]["rows"][0]["hr"]["orders"]) == set(ORDERS)
     assert [row["variant"] for row in written["phase0"]["rows"]] == [
-        variant.name for variant in phase0_variants(phase0, 2)
+        variant.name for variant in phase0_variants(phase0, 4)
     ]
     rows = written[f"optimizers/{tmp_path / 'fsrcnn.yaml'}"]["rows"]
     assert len({row["hr"] for row in rows}) == len(rows), "all of them train"
     assert [row["variant"] for row in rows] == [
-        variant.name for variant in optimizer_variants(phase0, 2)
+        variant.name for variant in optimizer_variants(phase0, 4)
     ]
     assert all(row["iterations_per_s"] > 0 and row["hr"] > 0 for row in rows)
+    losses = written["losses"]["rows"]
+    assert [row["variant"] for row in losses] == [v.name for v in loss_variants(phase0, 4)]
+    assert len({row["hr"] for row in losses}) == len(losses), "each by its own loss"
     page = (tmp_path / "out" / "README.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     for part in written.values():
@@ -90,3 +95,11 @@ def test_wrong_configs_of_optimisers_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match="an original network or of phase 0, whose optimizer"):
             optimizer_variants(config, 1)
+
+
+def test_pixel_losses_need_a_config_and_iterations_that_can_tell_them_apart(tmp_path: Path) -> None:
+    pictures = make_pictures(tmp_path / "pictures", side=64)
+    with pytest.raises(UserError, match=r"an original network or of phase 0$"):
+        loss_variants(make_config("fsrcnn-phase1", pictures), 100)
+    with pytest.raises(UserError, match="4 iterations or more"):
+        loss_variants(make_config("fsrcnn", pictures), 3)

@@ -27,7 +27,7 @@ ARGS: dict[str, dict[str, Any]] = {
 }
 HIDDEN = {"fsrcnn": ([58] * 4, [10] * 3, []), "carn": ([74] * 4, [20] * 3, [10, 10])}
 # Everything of a training step that is off by default.
-KEYS = {"ema": 0.9, "grad_clip": 0.3, "warmup": 3, "accumulate": 2, "nan_skip": 1}
+KEYS = {"ema": 0.9, "grad_clip": 0.3, "warmup": 3, "accumulate": 2, "nan_skip": 1, "l2_from": 2}
 ONE = World(0, 1, torch.device("cpu"))
 
 

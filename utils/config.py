@@ -71,6 +71,8 @@ class Config:
         data_norm: ``{mean, std}`` on RGB in [0, 1], or None for the backbone's default.
         routing_loss: spec of phase 1's loss; None for the published one.
         loss_rgb_w, loss_avg_w: weights of its two parts, of the pixels and of the routing.
+        l2_from: the first iteration, from 0, in which pixels are compared by L2; None for L1
+            always.
         iter_max, iter_print, iter_val, iter_save: in iterations.
         iter_save_s: save at least this often, in seconds; None for `iter_save` alone.
         scale: the original network's scale.
@@ -108,6 +110,7 @@ class Config:
     routing_loss: dict[str, Any] | None = None
     loss_rgb_w: float = 1000.0
     loss_avg_w: float = 3.0
+    l2_from: int | None = None
     iter_max: int = 0
     iter_print: int = 100
     iter_val: int = 0

@@ -19,7 +19,7 @@ _STARTED = re.compile(
 def training_table() -> str:
     """How the released weights were trained, from what is beside them."""
     titles = ["config", "iterations", "batch", "LR patch", "optimizer", "learning rate"]
-    titles += ["routing loss", "precision", "device", "hours", "begins with", "validation"]
+    titles += ["loss", "precision", "device", "hours", "begins with", "validation"]
     names = [
         name
         for subject in SUBJECTS
@@ -61,7 +61,7 @@ def _training_line(name: str) -> list[str]:
         str(config.train_dataset.wrapper["args"].get("inp_size", NONE)),
         config.optimizer["name"],
         _rates(config),
-        _routing_loss(config),
+        _loss(config),
         config.precision,
         ", ".join(f"{device} x {count}" for device, count in places) or NONE,
         f"{seconds / 3600:.2f}",
@@ -80,14 +80,14 @@ def _rates(config: Config) -> str:
     return ", ".join([f"{first:g}", *later])
 
 
-def _routing_loss(config: Config) -> str:
-    """That of phase 1, with its arguments."""
+def _loss(config: Config) -> str:
+    """That of the pixels, and in phase 1 that of the routing with its arguments."""
+    pixels = {None: "L1", 0: "L2"}.get(config.l2_from, f"L1, L2 from {config.l2_from}")
     if config.phase != 1:
-        return NONE
-    if config.routing_loss is None:
-        return "published"
-    args = config.routing_loss.get("args", {})
-    return ", ".join([config.routing_loss["name"], *(f"{k} {v}" for k, v in args.items())])
+        return pixels
+    spec = config.routing_loss or {"name": "published"}
+    args = (spec.get("args") or {}).items()
+    return "; ".join([pixels, ", ".join([spec["name"], *(f"{k} {v}" for k, v in args)])])
 
 
 def patches_seen(name: str) -> str:
