@@ -63,11 +63,9 @@ def page(content: dict[str, Any]) -> str:
         parts.append(_routing(content["routing"]))
     if "phase0" in content:
         parts.append(_phase0(content["phase0"]))
-    for key, part in content.items():
-        if _is_of_optimizers(key):
-            parts.append(_runs(part, _OPTIMIZERS, "optimizer"))
+    parts += [_optimizers(part) for key, part in content.items() if _is_of_optimizers(key)]
     if "losses" in content:
-        parts.append(_runs(content["losses"], _LOSSES, "loss"))
+        parts.append(_losses(content["losses"]))
     return "\n".join(parts)
 
 
@@ -115,26 +113,34 @@ def _orders(row: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _phase0(part: dict[str, Any]) -> str:
-    names = _sets(part["rows"])
-    lines = [[row["variant"], *(f"{row[name]:.3f}" for name in names)] for row in part["rows"]]
-    return _PHASE0.format(run=_run(part)) + "\n" + _table(["option", *names], lines)
+    return _PHASE0.format(run=_run(part)) + "\n" + _table(*_runs("option", part))
 
 
 def _is_of_optimizers(key: str) -> bool:
     return key.startswith(_OPTIMIZERS_KEY)
 
 
-def _runs(part: dict[str, Any], template: str, title: str) -> str:
-    """What each run reached, and how fast it was."""
-    rows = part["rows"]
-    names = _sets(rows)
-    lines = [
-        [row["variant"], *(f"{row[name]:.3f}" for name in names), f"{row['iterations_per_s']:.2f}"]
-        for row in rows
-    ]
+def _optimizers(part: dict[str, Any]) -> str:
+    speeds = [f"{row['iterations_per_s']:.2f}" for row in part["rows"]]
+    titles, lines = _runs("optimizer", part)
+    lines = [[*line, speed] for line, speed in zip(lines, speeds, strict=True)]
+    return _words(_OPTIMIZERS, part) + _table([*titles, "iterations/s"], lines)
+
+
+def _losses(part: dict[str, Any]) -> str:
+    return _words(_LOSSES, part) + _table(*_runs("loss", part))
+
+
+def _words(template: str, part: dict[str, Any]) -> str:
     where = " of the heavy upsampler everywhere" if part["is_pcsr"] else ""
-    words = template.format(run=_run(part), config=part["config"], where=where)
-    return words + "\n" + _table([title, *names, "iterations/s"], lines)
+    return template.format(run=_run(part), config=part["config"], where=where) + "\n"
+
+
+def _runs(title: str, part: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A table's titles and lines: what each run reached on each set."""
+    names = _sets(part["rows"])
+    lines = [[row["variant"], *(f"{row[name]:.3f}" for name in names)] for row in part["rows"]]
+    return [title, *names], lines
 
 
 def _sets(rows: Sequence[dict[str, Any]]) -> list[str]:
