@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--loss_config",
-        default="configs/soap/fsrcnn-x4.yaml",
+        default="configs/cpu/fsrcnn-x4.yaml",
         metavar="YAML",
         help="Of an original network or of phase 0, for the pixel losses.",
     )
@@ -161,7 +161,7 @@ def main() -> None:
         else:
             trained = train_variants(config, variants[part], args.iterations, device)
             rows = [_row(end, sets) for end in trained]
-        assert config.train_dataset is not None
+        assert config.train_dataset is not None and config.optimizer is not None
         content[key_of(part, args.optimizer_config)] = {
             "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
             "machine": describe(device),
@@ -170,6 +170,7 @@ def main() -> None:
             "iterations": args.iterations,
             "batch_size": config.train_dataset.batch_size,
             "precision": config.precision,
+            "optimizer": config.optimizer,
             "seed": config.seed or 0,
             "rows": rows,
         }

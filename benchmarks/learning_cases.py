@@ -15,6 +15,7 @@ import models
 from engine.data import train_batches
 from engine.objectives import make_objective
 from engine.optim import OPTIMIZERS, SCHEDULERS
+from engine.pixel_loss import PixelLoss
 from engine.start import TrainOptions
 from engine.train_checks import required_sections
 from engine.trainer import train
@@ -114,7 +115,7 @@ def loss_variants(config: Config, iterations: int) -> list[Variant]:
     """L1, L2, and L1 with L2 for the last part of the run.
 
     Raises:
-        UserError: a config of phase 1, or fewer iterations than parts.
+        UserError: a config of phase 1, or fewer than 4 iterations.
     """
     if config.phase == 1:
         raise UserError(
@@ -125,7 +126,7 @@ def loss_variants(config: Config, iterations: int) -> list[Variant]:
         raise UserError("--iterations: pixel losses are compared over 4 iterations or more")
     starts = {"the last quarter": iterations * 3 // 4, "the last half": iterations // 2}
     return [
-        Variant("L1"),
+        Variant("L1", {"l2_from": None}),
         *(Variant(f"L1, L2 in {part}", {"l2_from": start}) for part, start in starts.items()),
         Variant("L2", {"l2_from": 0}),
     ]
@@ -173,11 +174,13 @@ class _Learner:
 
     def __init__(self, config: Config, model: PCSR, routing_loss: Any, iterations: int) -> None:
         self.model = model
+        self.pixel_loss = PixelLoss(config.l2_from).to(next(model.parameters()).device)
         self.objective = make_objective(
             model,
             loss_rgb_w=config.loss_rgb_w,
             loss_avg_w=config.loss_avg_w,
             routing_loss=routing_loss,
+            pixel_loss=self.pixel_loss,
         )
         trained = [p for p in model.parameters() if p.requires_grad]
         _, spec = required_sections(config)
@@ -187,6 +190,7 @@ class _Learner:
 
     def step(self, index: int, batch: Mapping[str, Tensor], precision: str) -> None:
         self.scheduler.set_step(index)
+        self.pixel_loss.set_step(index)
         self.optimizer.zero_grad()
         device_type = batch["lr"].device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"):
@@ -262,7 +266,6 @@ def train_variants(
         always = {"iter_max": iterations, "lr_scheduler": cosine, "valid_dataset": None}
         # One figure of speed for the whole run; the same start for all runs.
         always |= {"iter_print": iterations, "seed": config.seed or 0, "init": None}
-        always["l2_from"] = None
         for path, value in {**always, **variant.changes}.items():
             *parents, last = path.split(".")
             functools.reduce(lambda node, key: node[key], parents, raw)[last] = value

@@ -41,8 +41,8 @@ one, two and four times that (SOAP, else with its defaults).
 """
 _LOSSES = """## Pixel losses: {config}
 
-{run}, from scratch, each with a
-cosine to the end. PSNR (dB, RGB){where}.
+{run}, from scratch, {optimizer} from {lr:g}, each
+with a cosine to the end. PSNR (dB, RGB){where}.
 
 L1 aims at the median of what HR can be, L2 at its mean, which is what PSNR rewards. L2's gradient
 is led by the few pixels with large errors.
@@ -128,12 +128,14 @@ def _optimizers(part: dict[str, Any]) -> str:
 
 
 def _losses(part: dict[str, Any]) -> str:
-    return _words(_LOSSES, part) + _table(*_runs("loss", part))
+    spec = part["optimizer"]
+    words = _words(_LOSSES, part, optimizer=spec["name"], lr=spec["args"]["lr"])
+    return words + _table(*_runs("loss", part))
 
 
-def _words(template: str, part: dict[str, Any]) -> str:
+def _words(template: str, part: dict[str, Any], **more: Any) -> str:
     where = " of the heavy upsampler everywhere" if part["is_pcsr"] else ""
-    return template.format(run=_run(part), config=part["config"], where=where) + "\n"
+    return template.format(run=_run(part), config=part["config"], where=where, **more) + "\n"
 
 
 def _runs(title: str, part: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

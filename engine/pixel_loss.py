@@ -10,35 +10,38 @@ logger = logging.getLogger(__name__)
 
 
 class PixelLoss(nn.Module):
-    """The mean absolute difference, as published, or at last the mean squared one.
+    """The mean absolute difference, as published, or the mean squared one.
 
-    PSNR is a matter of squared errors: least on average at the mean of what HR can be, where L1's
-    optimum is the median. L1 gets close faster, so L2 is for the end of a run.
+    PSNR is a matter of squared errors. They are least on average at the mean of what HR can be;
+    absolute ones are at its median.
 
     Args:
         l2_from: the first iteration, from 0, with L2; None for L1 always.
     """
 
-    _l2_share: Tensor
+    _is_l2: Tensor
 
     def __init__(self, l2_from: int | None = None) -> None:
         super().__init__()
         self.l2_from = l2_from
+        self._is_announced = False
         # On the device: what a CUDA graph has recorded can still be switched.
-        self.register_buffer("_l2_share", torch.zeros(()), persistent=False)
+        self.register_buffer("_is_l2", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def set_step(self, step: int) -> None:
         """Say which iteration, from 0, comes next."""
-        if self.l2_from is not None:
-            self._l2_share.fill_(step >= self.l2_from)
-        if step == self.l2_from:
-            logger.info("iteration %d: from here on, pixels are compared by L2", step)
+        if self.l2_from is None:
+            return
+        is_l2 = step >= self.l2_from
+        self._is_l2.fill_(is_l2)
+        if is_l2 and not self._is_announced:
+            logger.info("pixels are compared by L2 from iteration %d on", self.l2_from)
+            self._is_announced = True
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """A scalar: the mean over all values of two tensors of one shape, in float32 or wider."""
-        if output.dtype in (torch.bfloat16, torch.float16):
-            output = output.float()
+        output, target = (x if x.dtype == torch.float64 else x.float() for x in (output, target))
+        l1 = F.l1_loss(output, target)
         if self.l2_from is None:
-            return F.l1_loss(output, target)
-        l1, l2 = F.l1_loss(output, target), F.mse_loss(output, target)
-        return torch.lerp(l1, l2, self._l2_share.to(l1.dtype))
+            return l1
+        return torch.where(self._is_l2, F.mse_loss(output, target), l1)

@@ -45,10 +45,24 @@ def test_it_is_one_loss_and_then_the_other_to_the_bit(dtype: torch.dtype) -> Non
 
 
 def test_half_precision_is_compared_in_float32() -> None:
-    output, target = torch.rand(2, 3, 8, 8).unbind()
-    output = output.bfloat16()
-    for loss in (PixelLoss(), PixelLoss(l2_from=9)):
-        assert torch.equal(loss(output, target), F.l1_loss(output.float(), target))
+    torch.manual_seed(0)
+    output, target = torch.rand(2, 3, 8, 8).bfloat16().unbind()
+    loss = PixelLoss(l2_from=1)
+    for step, plain in ((0, F.l1_loss), (1, F.mse_loss)):
+        loss.set_step(step)
+        expected = plain(output.float(), target.float())
+        assert torch.equal(loss(output, target), expected)
+        assert plain(output, target).float() != expected
+    assert torch.equal(PixelLoss()(output, target), F.l1_loss(output.float(), target.float()))
+
+
+def test_the_loss_that_is_not_used_does_not_spoil_the_other() -> None:
+    """Where a square is too large for float32."""
+    output, target = torch.full((2, 2), 1e20), torch.zeros(2, 2)
+    loss = PixelLoss(l2_from=1)
+    value, gradient = with_gradient(loss, output, target)
+    assert torch.equal(value, F.l1_loss(output, target))
+    assert torch.equal(gradient, torch.full((2, 2), 0.25))
 
 
 def losses_of(save_dir: Path) -> list[float]:
@@ -63,7 +77,7 @@ def test_a_run_that_switches_is_a_run_of_l1_and_one_of_l2(
         phase0(kind)
     keys = {"iter_print": 1}
     assert run(make_config(kind, pictures, iter_max=4, l2_from=2, **keys), tmp_path / "one") == 0
-    assert "iteration 2: from here on, pixels are compared by L2" in caplog.text
+    assert caplog.text.count("pixels are compared by L2 from iteration 2 on") == 1
     # The same, changed by hand where the first ends.
     assert run(make_config(kind, pictures, iter_max=2, **keys), tmp_path / "two") == 0
     assert run(make_config(kind, pictures, iter_max=4, l2_from=0, **keys), tmp_path / "two") == 0

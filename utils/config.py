@@ -72,7 +72,8 @@ class Config:
         routing_loss: spec of phase 1's loss; None for the published one.
         loss_rgb_w, loss_avg_w: weights of its two parts, of the pixels and of the routing.
         l2_from: the first iteration, from 0, in which pixels are compared by L2; None for L1
-            always.
+            always. Values and gradients of L2 are some ten times smaller: `loss_rgb_w` and
+            `grad_clip` weigh as much less.
         iter_max, iter_print, iter_val, iter_save: in iterations.
         iter_save_s: save at least this often, in seconds; None for `iter_save` alone.
         scale: the original network's scale.
