@@ -12,7 +12,7 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,7 +46,36 @@ from utils.errors import UserError
 from utils.log import set_up
 from utils.machine import describe
 
-PARTS = ("routing", "phase0", "optimizers", "losses")
+
+class _ConfigOption(NamedTuple):
+    """The option that names a part's config."""
+
+    name: str
+    default: str
+    help: str
+
+
+_CONFIG_OPTIONS = {
+    "routing": _ConfigOption(
+        "--config",
+        "configs/cpu/carn-pcsr-phase1.yaml",
+        "Of phase 1, for the routing; two upsamplers.",
+    ),
+    "phase0": _ConfigOption(
+        "--phase0_config", "configs/cpu/fsrcnn-pcsr-phase0.yaml", "Of phase 0."
+    ),
+    "optimizers": _ConfigOption(
+        "--optimizer_config",
+        "configs/cpu/carn-x4.yaml",
+        "Of an original network or of phase 0, for the optimisers.",
+    ),
+    "losses": _ConfigOption(
+        "--loss_config",
+        "configs/cpu/fsrcnn-x4.yaml",
+        "Of an original network or of phase 0, for the pixel losses.",
+    ),
+}
+PARTS = tuple(_CONFIG_OPTIONS)
 # How each part that trains from scratch does so.
 _VARIANTS = {
     "phase0": phase0_variants,
@@ -74,30 +103,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--iterations", type=positive_int, default=600, metavar="N", help="Of each run."
     )
-    parser.add_argument(
-        "--config",
-        default="configs/cpu/carn-pcsr-phase1.yaml",
-        metavar="YAML",
-        help="Of phase 1, for the routing; two upsamplers.",
-    )
-    parser.add_argument(
-        "--phase0_config",
-        default="configs/cpu/fsrcnn-pcsr-phase0.yaml",
-        metavar="YAML",
-        help="Of phase 0.",
-    )
-    parser.add_argument(
-        "--optimizer_config",
-        default="configs/cpu/carn-x4.yaml",
-        metavar="YAML",
-        help="Of an original network or of phase 0, for the optimisers.",
-    )
-    parser.add_argument(
-        "--loss_config",
-        default="configs/cpu/fsrcnn-x4.yaml",
-        metavar="YAML",
-        help="Of an original network or of phase 0, for the pixel losses.",
-    )
+    for part, option in _CONFIG_OPTIONS.items():
+        parser.add_argument(
+            option.name,
+            dest=f"{part}_config",
+            default=option.default,
+            metavar="YAML",
+            help=option.help,
+        )
     parser.add_argument(
         "--weights",
         type=Path,
@@ -140,12 +153,7 @@ def main() -> None:
     # What trainers and loaders say of each run is no part of the table.
     logging.getLogger("engine").setLevel(logging.WARNING)
     device = pick_device(args.device, args.gpu)
-    configs = {
-        "routing": load_config(args.config, args.overrides),
-        "phase0": load_config(args.phase0_config, args.overrides),
-        "optimizers": load_config(args.optimizer_config, args.overrides),
-        "losses": load_config(args.loss_config, args.overrides),
-    }
+    configs = {part: load_config(getattr(args, f"{part}_config"), args.overrides) for part in PARTS}
     sets = {_set_name(path): _images(path, configs["routing"]) for path in args.hr_data}
     content = _written_before(args.out)
     # All of them first: what is wrong with a config is said before an hour of training.
@@ -162,7 +170,7 @@ def main() -> None:
             trained = train_variants(config, variants[part], args.iterations, device)
             rows = [_row(end, sets) for end in trained]
         assert config.train_dataset is not None and config.optimizer is not None
-        content[key_of(part, args.optimizer_config)] = {
+        content[key_of(part, args.optimizers_config)] = {
             "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
             "machine": describe(device),
             "config": config.name,

@@ -189,6 +189,12 @@ class _Learner:
         self.scheduler = SCHEDULERS.make(cosine, "lr_scheduler", optimizer=self.optimizer)
 
     def step(self, index: int, batch: Mapping[str, Tensor], precision: str) -> None:
+        """Iteration `index`, from 0.
+
+        Args:
+            batch: "lr" (B, 3, h, w) and "hr" (B, 3, H, W), float RGB in [0, 1], on the device.
+            precision: "fp32" or "bf16" (autocast).
+        """
         self.scheduler.set_step(index)
         self.pixel_loss.set_step(index)
         self.optimizer.zero_grad()

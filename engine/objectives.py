@@ -62,9 +62,14 @@ def make_objective(
     pixel_loss = pixel_loss or PixelLoss()
     if isinstance(model, PCSR) and model.classifier is not None:
         spec = routing_loss or {"name": "average"}
-        weights = {"loss_rgb_w": loss_rgb_w, "loss_avg_w": loss_avg_w}
-        parts = {"model": model, "pixel_loss": pixel_loss}
-        return ROUTING_LOSSES.make(spec, "routing_loss", **parts, **weights)
+        return ROUTING_LOSSES.make(
+            spec,
+            "routing_loss",
+            model=model,
+            pixel_loss=pixel_loss,
+            loss_rgb_w=loss_rgb_w,
+            loss_avg_w=loss_avg_w,
+        )
     if routing_loss is not None:
         raise UserError("config: `routing_loss` goes with `phase: 1`: this model has no classifier")
     return ReconstructionObjective(model, pixel_loss)

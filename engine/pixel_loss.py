@@ -24,19 +24,19 @@ class PixelLoss(nn.Module):
     def __init__(self, l2_from: int | None = None) -> None:
         super().__init__()
         self.l2_from = l2_from
-        self._is_announced = False
-        # On the device: what a CUDA graph has recorded can still be switched.
+        self._has_switched = False
+        # The same on the device: what a CUDA graph has recorded can still be switched.
         self.register_buffer("_is_l2", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def set_step(self, step: int) -> None:
         """Say which iteration, from 0, comes next."""
-        if self.l2_from is None:
+        is_l2 = self.l2_from is not None and step >= self.l2_from
+        if is_l2 == self._has_switched:
             return
-        is_l2 = step >= self.l2_from
+        self._has_switched = is_l2
         self._is_l2.fill_(is_l2)
-        if is_l2 and not self._is_announced:
+        if is_l2:
             logger.info("pixels are compared by L2 from iteration %d on", self.l2_from)
-            self._is_announced = True
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """A scalar: the mean over all values of two tensors of one shape, in float32 or wider."""

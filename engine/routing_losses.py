@@ -78,10 +78,9 @@ class RoutingObjective(nn.Module):
 
 
 class _GainObjective(nn.Module):
-    """The mean pixel loss of light upsamplers plus that of the gain, each times its weight.
+    """``loss_rgb_w`` times light upsamplers' mean pixel loss, ``loss_avg_w`` times the gain's loss.
 
-    The weights are ``loss_rgb_w`` and ``loss_avg_w``. The margins' unit is `threshold`: at k = 0
-    each step to a heavier upsampler must gain as much.
+    The margins' unit is `threshold`: at k = 0 each step to a heavier upsampler must gain as much.
     A pixel's loss looks at its own image alone, so nothing has to be shared between micro-batches.
 
     Args:
