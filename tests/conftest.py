@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def levels_stay() -> Any:
     yield
     for logger, level in zip(loggers, before, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def search_path_stays() -> Any:
+    """Scripts run in this process put the repository in the place of the tests' own folder."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture

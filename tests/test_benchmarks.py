@@ -82,7 +82,6 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
     def run(*words: object) -> Done:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-        monkeypatch.setattr(sys, "path", list(sys.path))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -274,7 +273,6 @@ def test_budgets_in_milliseconds(
     given = next(word for word in weights if word.startswith("--weights="))
     words = [given, "--backbone=fsrcnn", "--size=64x48", "--rounds=2", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", ["budgets.py", *words, f"--json={path}"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(REPOSITORY / "benchmarks" / "budgets.py"), run_name="__main__")
     rows = json.loads(path.read_text())

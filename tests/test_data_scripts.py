@@ -34,7 +34,6 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run(name: str, *words: object) -> Done:
         path = str(SCRIPTS / f"{name}.py")
         monkeypatch.setattr(sys, "argv", [path, *map(str, words)])
-        monkeypatch.setattr(sys, "path", list(sys.path))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(path, run_name="__main__")
