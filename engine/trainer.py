@@ -317,6 +317,11 @@ class Trainer:
             self.start.iteration,
             self.config.iter_max,
         )
+        l2_from = self.config.l2_from
+        if l2_from is not None and l2_from >= self.config.iter_max:
+            logger.warning(
+                "`l2_from: %d` is not reached: pixels are compared by L1 throughout", l2_from
+            )
 
     def _progress(self) -> tqdm:
         return tqdm(

@@ -113,6 +113,15 @@ def test_phase1_compares_its_pixels_so_too(name: str) -> None:
     torch.testing.assert_close(losses["loss"], 1000 * expected)
 
 
+@pytest.mark.parametrize(("l2_from", "reached"), [(1, True), (2, False)])
+def test_a_switch_after_the_end_is_told(
+    l2_from: int, reached: bool, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(make_config("fsrcnn", pictures, iter_max=2, l2_from=l2_from), tmp_path) == 0
+    note = f"`l2_from: {l2_from}` is not reached: pixels are compared by L1 throughout"
+    assert (note in caplog.text) is not reached
+
+
 def test_an_iteration_before_the_first_is_refused(pictures: Path) -> None:
     with pytest.raises(UserError, match="`l2_from` must be 0 or more, not -1"):
         make_config("fsrcnn", pictures, l2_from=-1)
