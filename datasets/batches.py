@@ -56,7 +56,8 @@ class DeviceBatches:
     Args:
         samples: their data set is decoded here.
         device: where the images are kept and the batches are made.
-        processes: how many have to share the device's memory.
+        processes: how many on this machine have images of their own: each its GPU's memory for
+            them, all of them the host's.
 
     Raises:
         NotOnDevice: the images do not fit, or are not cropped to one size; known from their
@@ -151,16 +152,19 @@ def _check_memory(
 ) -> None:
     needed = sum(CHANNELS * int(size.prod(axis=1).sum()) for size in sizes)
 
+    def sharing(where: torch.device) -> int:
+        return processes if where.type == "cpu" else 1
+
     def fits(where: torch.device) -> bool:
         free = free_memory_bytes(where)
-        return free is None or needed * processes <= share * free
+        return free is None or needed * sharing(where) <= share * free
 
     if not fits(device):
         host = torch.device("cpu")
         instead = "in_memory" if device != host and fits(host) else "none"
         raise NotOnDevice(
-            f"the images take {needed / 2**20:.0f} MiB in each of {processes} processes, more than "
-            f"`cache_share` {share:g} of the free memory of {device}",
+            f"the images take {needed / 2**20:.0f} MiB in each of {sharing(device)} processes, "
+            f"more than `cache_share` {share:g} of the free memory of {device}",
             instead,
         )
 

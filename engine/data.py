@@ -112,10 +112,8 @@ def _make(
 
 def _device_batches(samples: Any, world: World) -> DeviceBatches | None:
     """None where batches cannot be made on the device; the images are then in another cache."""
-    # Each process on a CPU has images of its own.
-    processes = world.size if world.device.type == "cpu" else 1
     try:
-        return DeviceBatches(samples, world.device, processes)
+        return DeviceBatches(samples, world.device, world.local_size)
     except NotOnDevice as reason:
         logger.warning("cache `device` is replaced by `%s`: %s", reason.instead, reason)
         samples.dataset.load(reason.instead)

@@ -75,6 +75,7 @@ def load_optimizer(
             check = optimizer.misfit if isinstance(optimizer, Soap) else _misfit
             if (problem := check(parameter, state)) is not None:
                 raise ValueError(problem)
+            _lay_out(parameter, state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {source}: the state of its optimizer does not fit the config ({error}); "
@@ -89,6 +90,16 @@ def _misfit(parameter: Tensor, state: Mapping[str, Any]) -> str | None:
     if any(v.dim() and v.shape != parameter.shape for v in state.values()):
         return "a tensor has another shape"
     return None
+
+
+def _lay_out(parameter: Tensor, state: dict[str, Any]) -> None:
+    """Give tensors of a parameter's shape its order of memory, whichever they were saved in.
+
+    Fused optimisers go through memory, not through elements.
+    """
+    for key, value in state.items():
+        if value.shape == parameter.shape:
+            state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 @SCHEDULERS.register("CosineAnnealingLR_Restart")

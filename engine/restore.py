@@ -266,7 +266,7 @@ class PcsrRestorer:
     def encoder_passes(self, lr_size: tuple[int, int]) -> int:
         """How often the encoder runs on an image of (h, w) whose pixels are routed together."""
         values = self.model.encoder.out_dim * lr_size[0] * lr_size[1]
-        is_kept = values * self.engine.dtype.itemsize <= inference.KEPT_FEATURES_BYTES
+        is_kept = values <= inference.KEPT_FEATURES
         return 1 if is_kept or not self.works_whole(lr_size) else 2
 
     def tiled_rows(self, rows: int) -> int:

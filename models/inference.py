@@ -19,8 +19,8 @@ from models.grid import PixelGrid
 from models.refinement import RefineRows
 from models.routing import Routing
 
-# An LR image of 1920x1080 with 52 float32 features takes 431 MB.
-KEPT_FEATURES_BYTES = 512 * 2**20
+# Values, whatever their type (512 MiB of float32); 1920x1080 LR pixels have 108e6 at 52 channels.
+KEPT_FEATURES = 2**27
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Engine(Protocol):
     """The three parts of a PCSR model; implementations agree up to rounding.
 
     Attributes:
-        dtype: of the features.
+        dtype: of convolutions and products. Features may be wider.
     """
 
     dtype: torch.dtype
@@ -116,7 +116,7 @@ def super_resolve(
     """Super-resolve whole images, each routed on its own.
 
     Beside the output, memory holds runs of rows only; and where `routing.is_global`, the image's
-    margins, and its features as far as KEPT_FEATURES_BYTES go (beyond, they are computed twice).
+    margins, and its features as far as KEPT_FEATURES go (beyond, they are computed twice).
 
     Args:
         lr: (B, 3, h, w) float RGB in [0, 1], any h, w >= 1.
@@ -194,7 +194,7 @@ def _route_globally(
         margins, classifier_flops = engine.classify(feat, part)
         flops += classifier_flops
         if whole is None:
-            if feat[0, :, 0].nbytes * lr.shape[2] <= KEPT_FEATURES_BYTES:
+            if feat[0, :, 0].numel() * lr.shape[2] <= KEPT_FEATURES:
                 kept = _KeptFeatures(feat, lr.shape[2])
             if first == lr.shape[2]:
                 whole = margins

@@ -188,13 +188,16 @@ class HeavyScores:
             yield chunk.float().sigmoid().sub_(self._low).div_(self._span).clamp_(0, 1)
 
     def histogram(self) -> Tensor:
-        """(2, bins) float64: each bin's count and its scores' sum; the device is not waited for."""
+        """(2, bins) float64: each bin's count and its scores' sum; no CUDA device is waited for."""
         like = self._low
         if like.device.type == "cpu" and (kernels := library()) is not None:
             return histogram_of(kernels, self, _SCORE_BINS)
-        histogram = torch.zeros(2, _SCORE_BINS, dtype=torch.float64, device=like.device)
+        # Apple's GPUs have no float64.
+        device = like.device if like.device.type == "cuda" else torch.device("cpu")
+        histogram = torch.zeros(2, _SCORE_BINS, dtype=torch.float64, device=device)
         one = histogram.new_ones(())
-        for chunk in self:
+        for scores in self:
+            chunk = scores.to(device)
             # Clamped: 1.0 belongs to the last bin, and NaN must not become an index out of range.
             bins = (chunk * _SCORE_BINS).to(torch.int32).clamp_(0, _SCORE_BINS - 1)
             histogram[0].index_add_(0, bins, one.expand(len(bins)))

@@ -25,7 +25,7 @@ from models.inference import Engine, super_resolve
 from models.patches import super_resolve_patches
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
-from models.routing import KRouting
+from models.routing import AdaptiveRouting, KRouting
 from tests.test_fast import make_model
 from tests.training import liif
 from utils.cli import Parser
@@ -276,12 +276,12 @@ def make_original() -> SRNetwork:
 
 
 @pytest.mark.parametrize(
-    ("upsamplers", "patches", "kept_bytes"),
+    ("upsamplers", "patches", "most_kept"),
     [(2, None, 10**9), (2, None, 0), (3, None, 10**9), (3, Patches(batch_size=1), 0)],
     ids=["whole", "encoded-twice", "three", "patches"],
 )
-def test_restored_images_meet_their_budget(upsamplers, patches, kept_bytes, monkeypatch) -> None:
-    monkeypatch.setattr("models.inference.KEPT_FEATURES_BYTES", kept_bytes)
+def test_restored_images_meet_their_budget(upsamplers, patches, most_kept, monkeypatch) -> None:
+    monkeypatch.setattr("models.inference.KEPT_FEATURES", most_kept)
     lr = torch.rand(3, 60, 32, generator=torch.Generator().manual_seed(0))
     original = make_original()
     if patches is None:
@@ -297,6 +297,26 @@ def test_restored_images_meet_their_budget(upsamplers, patches, kept_bytes, monk
         assert share * 0.995 < restored.flops_executed / whole <= share
         absolute = PcsrRestorer(model, Plan(f"{share * whole / 1e6}M"), patches=patches)
         assert absolute(lr, (240, 128)).shares == pytest.approx(restored.shares, abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_it_is_known_before_how_often_the_encoder_runs(precision, spare, monkeypatch) -> None:
+    model = make_model("carn")
+    monkeypatch.setattr("models.inference.KEPT_FEATURES", model.encoder.out_dim * 60 * 32 + spare)
+    lr = torch.rand(3, 60, 32, generator=torch.Generator().manual_seed(0))
+    restorer = PcsrRestorer(model, AdaptiveRouting(), precision=precision)
+    image = restorer.image_cost((60, 32), (240, 128))
+    with torch.inference_mode():
+        found = super_resolve(
+            restorer.engine,
+            lr[None],
+            (240, 128),
+            AdaptiveRouting(),
+            restorer.cost.log_costs((60, 32), (240, 128)),
+        )
+    assert found.encoder_passes == restorer.encoder_passes((60, 32)) == (2 if spare < 0 else 1)
+    assert restorer(lr, (240, 128)).flops_executed <= image.uniform(-1)
 
 
 def test_too_little_names_the_least_and_the_least_is_enough() -> None:

@@ -11,6 +11,7 @@ import torch
 
 import datasets.batches
 import datasets.device_images
+from datasets.batches import NotOnDevice, _check_memory
 from datasets.draws import draw, sample_bits
 from datasets.sampling import SampleKey
 from engine.data import train_batches
@@ -140,6 +141,33 @@ def test_what_does_not_fit_comes_from_another_cache(
         found = batches(folder_data(folder, "device", wrapper, **arguments))
         assert message in caplog.text
         assert_equal(found, batches(folder_data(folder, "none", wrapper)))
+
+
+@pytest.mark.parametrize(
+    ("gpu_bytes", "host_bytes", "processes", "instead"),
+    [
+        (10**4, 10**6, 8, "in_memory"),
+        (10**4, 6 * 10**4, 8, "none"),
+        (10**4, 6 * 10**4, 1, "in_memory"),
+        (10**6, 1, 8, None),
+    ],
+)
+def test_each_process_has_a_gpu_and_all_share_the_host(
+    gpu_bytes: int,
+    host_bytes: int,
+    processes: int,
+    instead: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = {"cuda": gpu_bytes, "cpu": host_bytes}
+    monkeypatch.setattr("datasets.batches.free_memory_bytes", lambda device: free[device.type])
+    sizes = [np.array([[100, 100]])]  # 30 kB
+    if instead is None:
+        _check_memory(sizes, 0.5, torch.device("cuda:0"), processes)
+        return
+    with pytest.raises(NotOnDevice, match="in each of 1 processes") as found:
+        _check_memory(sizes, 0.5, torch.device("cuda:0"), processes)
+    assert found.value.instead == instead
 
 
 def test_pairs_of_several_scales_are_decoded_for_the_other_cache_alone(

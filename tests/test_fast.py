@@ -195,7 +195,7 @@ def test_features_that_do_not_fit_are_computed_twice(monkeypatch: pytest.MonkeyP
     log_costs = PcsrCost.of(model).log_costs((30, 7), (120, 28))
     engine = FastEngine(model, run_px=15)
     kept = super_resolve(engine, lr, (120, 28), AdaptiveRouting(), log_costs)
-    monkeypatch.setattr("models.inference.KEPT_FEATURES_BYTES", 1000)
+    monkeypatch.setattr("models.inference.KEPT_FEATURES", 250)
     again = super_resolve(engine, lr, (120, 28), AdaptiveRouting(), log_costs)
     assert (kept.encoder_passes, again.encoder_passes) == (1, 2)
     assert torch.equal(kept.sr, again.sr)

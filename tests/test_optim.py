@@ -1,5 +1,6 @@
 """Optimisers and schedules by their config names."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,31 @@ def test_loaded_state_keeps_the_configs_hyper_parameters() -> None:
     assert other.param_groups[0]["lr"] == 5e-3 and other.param_groups[0]["betas"] == (0.8, 0.9)
     state = other.state_dict()["state"]
     assert all(torch.equal(state[i]["exp_avg"], saved["state"][i]["exp_avg"]) for i in (0, 1))
+
+
+def test_loaded_state_takes_the_order_of_memory_of_its_weights() -> None:
+    """Fused Adam goes through memory: a run may be resumed with another `channels_last`."""
+
+    def make(order: torch.memory_format) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.rand(4, 3, 2, 2, generator=generator).contiguous(memory_format=order)
+        return weight, OPTIMIZERS.make(
+            {"name": "adam", "args": {"lr": 0.1}}, params=[weight.requires_grad_()]
+        )
+
+    orders = torch.contiguous_format, torch.channels_last
+    weight, optimizer = make(orders[0])
+    for seed in (1, 2):  # after one step, Adam moves all elements alike
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    found = []
+    for order in orders:
+        after, other = make(order)
+        load_optimizer(other, copy.deepcopy(optimizer.state_dict()), Path("x.pth"))
+        after.grad = torch.zeros_like(after)
+        other.step()
+        found.append(after.detach())
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_state_of_other_parameters_is_refused() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from utils import install, launch
@@ -213,6 +214,20 @@ def test_number_of_processes(
 ) -> None:
     monkeypatch.setattr(launch, "count_gpus", lambda: gpus)
     assert launch.choose_processes(words) == processes
+
+
+@pytest.mark.parametrize("sign", ["tool", "file", None])
+def test_gpus_are_asked_for_where_there_is_a_sign_of_them(
+    sign: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = "/bin/nvidia-smi" if sign == "tool" else None
+    monkeypatch.setattr("shutil.which", lambda tool: found)
+    file = tmp_path / "nvidiactl"
+    if sign == "file":
+        file.touch()
+    monkeypatch.setattr(launch, "GPU_FILES", (tmp_path / "kfd", file))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert launch.count_gpus() == (0 if sign is None else 3)
 
 
 @pytest.mark.parametrize("words", [{"nproc": "2"}, {"nproc": "0"}, {"gpu": "0,1"}])

@@ -81,7 +81,7 @@ def test_points_are_what_normal_runs_give(upsamplers, patches, refinement, sampl
 
 
 def test_a_routing_that_needs_no_other_pixels_is_encoded_once(sample, monkeypatch) -> None:
-    monkeypatch.setattr("models.inference.KEPT_FEATURES_BYTES", 0)
+    monkeypatch.setattr("models.inference.KEPT_FEATURES", 0)
     model = make_model("carn")
     routings: dict[str, Routing] = {"k = 0": KRouting(0.0), "ADM": AdaptiveRouting()}
     swept = {p.name: f for p, f in sweep(PcsrRestorer(model), sample, names=routings)}

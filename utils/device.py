@@ -60,7 +60,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 def _has_bf16_units(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # the question is about the current one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     # Older releases of torch do not tell.
     capabilities: Callable[[], Mapping[str, object]] = getattr(
         torch.cpu, "get_capabilities", lambda: {}

@@ -42,6 +42,11 @@ class World:
     device: torch.device
 
     @property
+    def local_size(self) -> int:
+        """Number of processes on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    @property
     def is_main(self) -> bool:
         """True on rank 0."""
         return self.rank == 0

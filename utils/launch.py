@@ -58,7 +58,9 @@ TORCHRUN_WORDS = (
     *("nnodes", "node_rank", "master_addr", "master_port", "max_restarts"),
     *("rdzv_endpoint", "rdzv_id", "rdzv_backend", "rdzv_conf"),
 )
+# Signs of a GPU: a container may have the driver's files without its tools.
 GPU_TOOLS = ("nvidia-smi", "rocm-smi")
+GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 # For the processes: when the run was launched, in seconds since the epoch.
 LAUNCH_TIME = "PCSR_LAUNCH_TIME"
 STDERR = 2  # torchrun's number for it in --redirects
@@ -136,7 +138,7 @@ def choose_gpus(wanted: str, visible: str | None) -> str:
 
 def count_gpus() -> int:
     """GPUs that this process can see."""
-    if not any(shutil.which(tool) for tool in GPU_TOOLS):
+    if not any(map(shutil.which, GPU_TOOLS)) and not any(path.exists() for path in GPU_FILES):
         return 0
     import torch  # takes seconds, and machines without GPUs need not wait for it
 
