@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from engine.budget import Budget, BudgetPlan, OriginalCost
@@ -10,8 +11,11 @@ from models.reference import PIXEL_BATCH_SIZE
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing, check_adaptive
 from utils.cli import finite_float, positive_int
 from utils.errors import UserError
+from utils.images import IMAGE_SUFFIXES
 
 _HEAVIEST = -1
+# Named by mistake, a picture, weights or a config would be lost.
+_NOT_JSON = (*IMAGE_SUFFIXES, ".pth", ".pt", ".yaml", ".yml")
 
 
 def add_weights_word(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +33,7 @@ def add_json_word(parser: argparse.ArgumentParser) -> None:
     """``--json``."""
     parser.add_argument(
         "--json",
-        type=output_file,
+        type=_json_file,
         metavar="PATH",
         help="Also write every number to this file.",
     )
@@ -103,7 +107,8 @@ def routing_from(
     """The routing that the words of :func:`add_routing_words` ask for.
 
     Args:
-        upsamplers: how many the model has. A model of one (phase 0) uses it, whatever the words.
+        upsamplers: how many the model has. A model of one (phase 0) uses it, whatever the words,
+            but can keep to no budget.
         original: what a budget may be a share of.
 
     Raises:
@@ -114,6 +119,8 @@ def routing_from(
     if args.upsampler is not None and args.upsampler >= upsamplers:
         raise UserError(f"--upsampler {args.upsampler}: the model has {upsamplers}, counted from 0")
     if upsamplers == 1:
+        if args.budget is not None:
+            raise UserError("--budget: the model has one upsampler, so there is nothing to choose")
         return FixedRouting(_HEAVIEST)
     if args.upsampler is not None:
         return FixedRouting(args.upsampler)
@@ -145,6 +152,18 @@ def output_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"`{text}` is no file name")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {path}: {folder} is not a writable folder")
+    return path
+
+
+def is_one_of(path: Path, others: Iterable[Path]) -> bool:
+    """Whether `path` exists and is one of these files, by whatever name."""
+    return path.exists() and any(other.exists() and path.samefile(other) for other in others)
+
+
+def _json_file(text: str) -> Path:
+    path = output_file(text)
+    if path.suffix.lower() in _NOT_JSON:
+        raise argparse.ArgumentTypeError(f"`{text}` is the name of another kind of file")
     return path
 
 

@@ -80,8 +80,9 @@ def is_complete(config: Config, options: TrainOptions, start: Start) -> bool:
         return False
     if not start.is_of(options.save_dir) or start.path.name != LAST_NAME:
         return False
-    metrics = options.save_dir / METRICS_NAME
-    return config.valid_dataset is None or has_validation(metrics, start.iteration)
+    if config.valid_dataset is None or start.iteration > config.iter_max:
+        return True
+    return has_validation(options.save_dir / METRICS_NAME, start.iteration)
 
 
 def _weights_to_begin_with(config: Config, options: TrainOptions) -> Path | None:

@@ -116,6 +116,10 @@ class TrainState:
         self.skipped = int(checkpoint.get("skipped", 0))
         if self.ema is not None:
             self._load_ema(self.ema, checkpoint, path)
+        elif "ema" in checkpoint:
+            logger.warning(
+                "%s holds averaged weights (`ema`), the config wants none: they are dropped", path
+            )
         if isinstance(checkpoint.get("rng"), Tensor):
             torch.set_rng_state(checkpoint["rng"])
 

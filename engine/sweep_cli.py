@@ -10,7 +10,7 @@ import torch
 
 from engine.budget import OriginalCost
 from engine.evaluation import errors_named
-from engine.inference_words import output_file
+from engine.inference_words import is_one_of, output_file
 from engine.report import followed
 from engine.restore import PcsrRestorer
 from engine.samples import EvaluationSet
@@ -19,6 +19,7 @@ from engine.sweep import Point, PointFigures, points_for, sweep_image
 from engine.sweep_report import print_table, to_json, write_plot
 from utils.distributed import World
 from utils.errors import UserError
+from utils.images import list_images
 from utils.plotting import check_plotting
 
 # What a sweep decides itself, or has no use for.
@@ -91,6 +92,9 @@ class Sweep:
             raise UserError("--sweep: the model has one upsampler, so there is nothing to choose")
         if args.plot is not None:
             check_plotting("--plot")
+            folders = [folder for folder in (args.hr_data, args.lr_data) if folder is not None]
+            if is_one_of(args.plot, [path for folder in folders for path in list_images(folder)]):
+                raise UserError(f"--plot {args.plot} is an input and would be lost")
         return cls(restorer, original, title, args.sweep_time, args.plot)
 
     def __call__(

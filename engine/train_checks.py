@@ -1,6 +1,6 @@
 """What a config must hold to be trained, beyond what every config must."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +52,25 @@ def check_model(config: Config, model: nn.Module) -> None:
             f"config: `phase` is {config.phase}, but `model`, `{name}`, {has} classifier "
             f"(phase 0 trains without one, phase 1 with one)"
         )
+
+
+def check_validation_scales(model: nn.Module, scales: Iterable[float]) -> None:
+    """Refuse scales to validate at that are not that of an original network.
+
+    Args:
+        scales: 0 where pairs on disk decide.
+
+    Raises:
+        UserError: naming both.
+    """
+    if not isinstance(model, SRNetwork):
+        return
+    for scale in scales:
+        if scale not in (0, model.scale):
+            raise UserError(
+                f"config: the model enlarges {model.scale} times, but is to be validated at scale "
+                f"{scale:g}: see `valid_dataset`"
+            )
 
 
 def check_compile(config: Config, processes: int) -> None:

@@ -23,7 +23,13 @@ from engine.run_folder import open_folder
 from engine.start import Start, TrainOptions, find_start, is_complete
 from engine.state import TrainState
 from engine.stop import StopSignal
-from engine.train_checks import check_compile, check_model, check_scale, required_sections
+from engine.train_checks import (
+    check_compile,
+    check_model,
+    check_scale,
+    check_validation_scales,
+    required_sections,
+)
 from engine.validation import validate
 from utils.config import Config
 from utils.distributed import (
@@ -137,6 +143,7 @@ class Trainer:
         self.validation: list[tuple[float, Dataset]] = []
         if config.valid_dataset is not None:
             self.validation = validation_sets(config.valid_dataset)
+            check_validation_scales(self.model, [scale for scale, _ in self.validation])
 
     def _make_gradients(self) -> BatchGradients:
         config = self.config

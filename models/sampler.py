@@ -24,10 +24,17 @@ class MLP(nn.Module):
         in_dim: width of the input.
         out_dim: width of the output.
         hidden_list: widths of the hidden layers; may be empty.
+
+    Raises:
+        UserError: a width below 1.
     """
 
     def __init__(self, *, in_dim: int, out_dim: int, hidden_list: Sequence[int]) -> None:
         super().__init__()
+        if any(width < 1 for width in hidden_list):
+            raise UserError(
+                f"config: `hidden_list` takes widths of 1 or more, not {list(hidden_list)}"
+            )
         layers: list[nn.Module] = []
         width = in_dim
         for hidden in hidden_list:

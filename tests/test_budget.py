@@ -341,8 +341,11 @@ def test_too_much_is_all_heavy_with_one_warning(caplog) -> None:
 def test_phase_0_has_nothing_to_choose() -> None:
     parser = Parser(description="", example="")
     add_routing_words(parser)
-    args = parser.parse_args(["--budget=0.5"])
-    assert routing_from(args, 1, OriginalCost("carn")).describe() == "all-heavy"
+    for words in (["--k=3"], ["--adaptive"], ["--upsampler=heavy"]):
+        args = parser.parse_args(words)
+        assert routing_from(args, 1, OriginalCost("carn")).describe() == "all-heavy"
+    with pytest.raises(UserError, match="one upsampler, so there is nothing to choose"):
+        routing_from(parser.parse_args(["--budget=0.5"]), 1, OriginalCost("carn"))
 
 
 # The original

@@ -86,6 +86,17 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(pictures: Path, tmp_pa
     assert checkpoint_of(tmp_path)["iter"] == 3
 
 
+def test_a_run_beyond_a_shortened_end_is_left_alone(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(validated(pictures, iter_max=3), tmp_path)
+    before = (tmp_path / LAST_NAME).read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(b"")  # as where it was stopped before a validation
+    assert run(validated(pictures, iter_max=2), tmp_path) == 0
+    assert "nothing to do: finished at iteration 3" in caplog.text
+    assert (tmp_path / LAST_NAME).read_bytes() == before[0]
+
+
 def test_resume_never_keeps_what_was_there(pictures: Path, tmp_path: Path) -> None:
     config = make_config("fsrcnn", pictures, iter_max=2)
     run(config, tmp_path)

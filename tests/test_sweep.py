@@ -18,6 +18,7 @@ from engine.sweep import STEPS, Point, PointFigures, points_for, sweep_image
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
 from tests.test_fast import make_model
 from tests.test_test_scripts import REPOSITORY, run_script
+from tests.training import make_pictures
 from utils.checkpoint import save_checkpoint
 from utils.config import load_config
 from utils.images import Picture, list_images, read_rgb, write_picture
@@ -210,6 +211,16 @@ def test_bad_words(words, problem, run) -> None:
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert problem in errors
+
+
+def test_a_plot_is_not_drawn_over_an_image(run, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    image = make_pictures(tmp_path / "hr", count=1) / "0.png"
+    before = image.read_bytes()
+    code, _, errors = run("--sweep", "--per_image", f"--hr_data={image.parent}", f"--plot={image}")
+    assert code == 2
+    assert errors == f"error: --plot {image} is an input and would be lost\n"
+    assert image.read_bytes() == before
 
 
 def test_one_upsampler_cannot_be_swept(run) -> None:

@@ -102,6 +102,15 @@ def test_gradients_are_clipped_to_a_norm_and_their_own_is_logged(
     assert logged == pytest.approx(math.fsum(own for own, _ in norms) / 2)
 
 
+def test_an_average_that_is_dropped_is_told(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(make_config("fsrcnn", pictures, iter_max=2, ema=0.5), tmp_path)
+    assert "are dropped" not in caplog.text
+    run(make_config("fsrcnn", pictures, iter_max=3), tmp_path)
+    assert "holds averaged weights (`ema`), the config wants none: they are dropped" in caplog.text
+
+
 def test_the_average_follows_the_weights_and_is_what_is_released(
     pictures: Path, tmp_path: Path
 ) -> None:

@@ -13,14 +13,14 @@ from engine.budget import OriginalCost
 from engine.conventions import Conventions
 from engine.demo.compare_job import CompareJob
 from engine.demo.enlarge import Enlarger
-from engine.demo.files import find_inputs, is_one_of, prepare_folder, result_stems
+from engine.demo.files import find_inputs, prepare_folder, result_stems
 from engine.demo.jobs import Done, Setting, run_batch
 from engine.demo.models import load_demo_original, load_demo_pcsr
 from engine.demo.report import comparison_table
 from engine.demo.upscale_job import UpscaleJob
 from engine.demo.words import check_words
 from engine.evaluation import Figures, mean_of
-from engine.inference_words import routing_from
+from engine.inference_words import is_one_of, routing_from
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.sharing import PATIENCE, shared_out

@@ -3,7 +3,7 @@
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from utils.errors import UserError
@@ -45,11 +45,6 @@ def first_free(stem: str, is_free: Callable[[str], bool]) -> str:
     """`stem`, or the first of ``stem_2``, ``stem_3``, ... that is free."""
     numbered = (f"{stem}_{number}" for number in itertools.count(2))
     return next(name for name in itertools.chain([stem], numbered) if is_free(name))
-
-
-def is_one_of(path: Path, others: Iterable[Path]) -> bool:
-    """Whether `path` exists and is one of these files, by whatever name."""
-    return path.exists() and any(other.exists() and path.samefile(other) for other in others)
 
 
 def prepare_folder(folder: Path, word: str = "--out_dir") -> None:
