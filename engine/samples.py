@@ -120,13 +120,14 @@ class EvaluationSet:
         else:
             lr = to_tensor(read_rgb(self.lr_paths[index]))
         h, w = (min(a, b) for a, b in zip(size, lr.shape[-2:], strict=True))
-        if self.conventions.crop:
-            h, w = (self._tiled(length) for length in (h, w))
+        h, w = (self._used(length) for length in (h, w))
         height, width = (round(length * self.conventions.scale) for length in (h, w))
         return EvaluationSample(path.name, lr[:, :h, :w].contiguous(), hr[:height, :width])
 
-    def _tiled(self, length: int) -> int:
-        """The largest length that patches tile; one shorter than a patch stays."""
+    def _used(self, length: int) -> int:
+        """Of an LR length, with `crop` the most that patches tile; less than a patch stays."""
+        if not self.conventions.crop:
+            return length
         patch_size, step = self.conventions.patch_size, self.conventions.step
         return length if length < patch_size else (length - patch_size) // step * step + patch_size
 
@@ -134,7 +135,9 @@ class EvaluationSet:
         """(H, W) of an HR file, which suits the scale and its LR file."""
         path, scale = self.hr_paths[index], self.conventions.scale
         hr_size = read_size(path)
-        if min(hr_size) <= 2 * self.conventions.border_px or min(hr_size) < scale:
+        # What is left of it: see `crop_to_scale`.
+        used = round(self._used(math.floor(min(hr_size) / scale + 1e-6)) * scale)
+        if used <= 2 * self.conventions.border_px:
             raise UserError(
                 f"image {path} is {hr_size[1]}x{hr_size[0]}, too small for scale {scale:g}: "
                 f"nothing is left inside a border of {self.conventions.border_px} px"

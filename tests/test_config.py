@@ -98,6 +98,7 @@ def test_anchors_and_merges_work(path: Path) -> None:
         ("psnr_type=rgbb", "`psnr_type` must be one of rgb, y"),
         ("precision=fp16", "`precision` must be one of fp32, bf16"),
         ("seed=-1", "`seed` must be 0 or more, not -1"),
+        ("seed=9223372036854775808", r"`seed` must be below 2\^63"),
         ("seed=0.5", "`seed` must be a whole number, not 0.5"),
         ("iter_max=true", "`iter_max` must be a whole number, not True"),
         ("iter_save=0", "`iter_save` must be 1 or more"),

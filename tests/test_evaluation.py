@@ -121,8 +121,13 @@ def test_pairs_of_another_scale_are_refused(lr_size, problem, folder) -> None:
 
 
 def test_too_small_an_image_is_refused_before_anything_runs(folder) -> None:
-    with pytest.raises(UserError, match=r"b\.png is 8x60, too small for scale 4"):
-        EvaluationSet(ImagePaths.of_folders(folder(a=(48, 48), b=(60, 8))), conventions())
+    # 9 pixels are cropped to 8, of which a border of 4 leaves nothing.
+    for width in (3, 8, 9, 11):
+        paths = ImagePaths.of_folders(folder(f"hr{width}", a=(48, 48), b=(60, width)))
+        with pytest.raises(UserError, match=rf"b\.png is {width}x60, too small for scale 4"):
+            EvaluationSet(paths, conventions())
+    least = EvaluationSet(ImagePaths.of_folders(folder("hr12", b=(60, 12))), conventions())
+    assert least[0].hr.shape == (60, 12, 3)
 
 
 def test_images_of_the_config(folder) -> None:

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from utils.errors import UserError
@@ -25,9 +25,39 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse does, but ``--k -1e-3`` is a number, too, and no word may be empty.
+
+        (An empty path, from a variable that is not set, would be the current folder.)
+        """
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            option, has_value, value = word.partition("=")
+            if not word or (option.startswith("--") and has_value and not value):
+                self.error(f"{option or 'one of the words'} is empty: a variable that is not set?")
+            if words and _is_option(words[-1]) and word.startswith("-") and _is_number(word):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return super().parse_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
         self.exit(EXIT_USER_ERROR, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("--") and "=" not in word
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -240,6 +240,8 @@ def _check_value(kind: Any, value: Any, where: str, key: str) -> Any:
     lowest = 1 if key in _AT_LEAST_ONE else 0
     if isinstance(checked, (int, float)) and checked < lowest:
         raise UserError(f"config: `{where}` must be {lowest} or more, not {value!r}")
+    if key == "seed" and checked >= 2**63:
+        raise UserError(f"config: `{where}` must be below 2^63, not {value!r}")
     if key == "ema" and checked >= 1:
         raise UserError(f"config: `{where}` must be below 1, not {value!r}")
     if key == "grad_clip" and checked == 0:
