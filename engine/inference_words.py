@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from engine.budget import Budget, BudgetPlan, OriginalCost
@@ -153,11 +152,6 @@ def output_file(text: str) -> Path:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {path}: {folder} is not a writable folder")
     return path
-
-
-def is_one_of(path: Path, others: Iterable[Path]) -> bool:
-    """Whether `path` exists and is one of these files, by whatever name."""
-    return path.exists() and any(other.exists() and path.samefile(other) for other in others)
 
 
 def _json_file(text: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from engine.budget import OriginalCost
 from engine.evaluation import errors_named
-from engine.inference_words import is_one_of, output_file
+from engine.inference_words import output_file
 from engine.report import followed
 from engine.restore import PcsrRestorer
 from engine.samples import EvaluationSet
@@ -19,7 +19,7 @@ from engine.sweep import Point, PointFigures, points_for, sweep_image
 from engine.sweep_report import print_table, to_json, write_plot
 from utils.distributed import World
 from utils.errors import UserError
-from utils.images import list_images
+from utils.images import is_one_of, list_images
 from utils.plotting import check_plotting
 
 # What a sweep decides itself, or has no use for.

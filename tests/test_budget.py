@@ -338,23 +338,6 @@ def test_too_much_is_all_heavy_with_one_warning(caplog) -> None:
     assert "60G is more than the heaviest upsampler needs" in caplog.text
 
 
-@pytest.mark.parametrize("words", [["--k", "-1e-3"], ["--k=-1e-3"], ["--k", "-.001"]])
-def test_k_may_be_below_0(words: list[str]) -> None:
-    parser = Parser(description="", example="")
-    add_routing_words(parser)
-    assert parser.parse_args([*words, "--adaptive"]).k == -0.001
-
-
-@pytest.mark.parametrize("words", [["--k", ""], ["--k="], [""]])
-def test_an_empty_word_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    parser = Parser(description="", example="")
-    add_routing_words(parser)
-    with pytest.raises(SystemExit) as ended:
-        parser.parse_args(words)
-    assert ended.value.code == 2
-    assert "is empty: a variable that is not set?" in capsys.readouterr().err
-
-
 def test_phase_0_has_nothing_to_choose() -> None:
     parser = Parser(description="", example="")
     add_routing_words(parser)

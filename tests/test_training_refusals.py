@@ -14,7 +14,6 @@ from utils.images import Picture, write_picture
 
 pytestmark = pytest.mark.usefixtures("fresh_logging")
 
-
 MLP = "model.args.heavy_sampler_spec.args.imnet_spec.args.hidden_list"
 
 
@@ -43,7 +42,6 @@ def changed(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("fsrcnn", "model.args", {"upscale": 2}, "enlarges 2 times, .* scale is 4"),
         ("carn-phase0", "phase", 1, "`phase` is 1, but `model`, `pcsr-phase0`, has no classifier"),
         ("carn-phase1", "phase", 0, "`phase` is 0, but `model`, `pcsr-phase1`, has a classifier"),
-        ("fsrcnn", "valid_dataset", {"scales": [3]}, "enlarges 4 times, .* validated at scale 3"),
         ("carn-phase0", MLP, [4, 0], r"`hidden_list` takes widths of 1 or more, not \[4, 0\]"),
         ("fsrcnn", "optimizer.name", "sgd", "unknown optimizer `sgd`; known: adam"),
         ("fsrcnn", "optimizer.args.lr", 0, "`optimizer.args.lr` must be positive"),
@@ -58,16 +56,24 @@ def test_wrong_configs_are_named(
     kind: str, path: str, value: Any, message: str, pictures: Path, tmp_path: Path, phase0: Any
 ) -> None:
     init = str(phase0(kind) / LAST_NAME) if kind.endswith("phase1") else None
-    if path == "valid_dataset":
-        value = {**raw_config(kind, pictures)["train_dataset"], **value}
-        value["wrapper"] = {"name": "sr-implicit-downsampled", "args": {"scale": [4, 4]}}
-        del value["batch_size"]
     config = check_config(changed(raw_config(kind, pictures), path, value), kind)
     if config.phase == 1:
         init = str(phase0("carn-phase1") / LAST_NAME)
     with pytest.raises(UserError, match=message) as caught:
         run(config, tmp_path / "run", init=init)
     assert "\n" not in str(caught.value)
+
+
+def test_validation_at_another_scale_is_refused_before_training(
+    pictures: Path, tmp_path: Path
+) -> None:
+    raw = raw_config("fsrcnn", pictures)
+    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    dataset = raw["train_dataset"]["dataset"]
+    raw["valid_dataset"] = {"dataset": dataset, "wrapper": wrapper, "scales": [3]}
+    with pytest.raises(UserError, match="enlarges 4 times, but is to be validated at scale 3"):
+        run(check_config(raw, "x"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

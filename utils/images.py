@@ -5,6 +5,7 @@ The bit depth follows from how a file stores its samples, never from their large
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,11 @@ def list_images(folder: str | Path) -> list[Path]:
         kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
         raise UserError(f"no images in {folder} (looked for {kinds})")
     return sorted(paths, key=lambda path: path.name)
+
+
+def is_one_of(path: Path, others: Iterable[Path]) -> bool:
+    """Whether `path` exists and is one of these files, by whatever name."""
+    return path.exists() and any(other.exists() and path.samefile(other) for other in others)
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -20,7 +20,7 @@ from engine.demo.report import comparison_table
 from engine.demo.upscale_job import UpscaleJob
 from engine.demo.words import check_words
 from engine.evaluation import Figures, mean_of
-from engine.inference_words import is_one_of, routing_from
+from engine.inference_words import routing_from
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.sharing import PATIENCE, shared_out
@@ -29,6 +29,7 @@ from utils.cli import EXIT_USER_ERROR, Parser
 from utils.config import load_config
 from utils.distributed import World, together, world
 from utils.errors import UserError
+from utils.images import is_one_of
 from utils.log import set_up
 from utils.machine import describe, device_name
 

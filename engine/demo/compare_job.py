@@ -10,11 +10,10 @@ from engine.demo.compare import Comparison, compare
 from engine.demo.files import prepare_folder
 from engine.demo.jobs import Done, Setting, memory_named
 from engine.demo.report import comparison_table, describe_shares
-from engine.inference_words import is_one_of
 from engine.restore import OriginalRestorer
 from utils.atomic import write_text
 from utils.errors import UserError
-from utils.images import Picture, read_picture, to_8_bit, write_picture
+from utils.images import Picture, is_one_of, read_picture, to_8_bit, write_picture
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ from engine.demo.files import check_fits, first_free
 from engine.demo.jobs import Done, Setting, memory_named
 from engine.demo.report import describe_shares
 from engine.demo.upscale import output_size, upscale
-from engine.inference_words import is_one_of
-from utils.images import IMAGE_SUFFIXES, Picture, read_picture, write_picture
+from utils.images import IMAGE_SUFFIXES, Picture, is_one_of, read_picture, write_picture
 
 
 class UpscaleJob:
