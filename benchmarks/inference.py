@@ -51,6 +51,7 @@ from utils.log import set_up
 from utils.machine import describe
 
 SIZES = ("420x276", "480x270", "960x540", "1920x1080")
+ROUTINGS = ("k0", "k1", "adm", "heavy", "light", "budget:0.7")
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MEMORY = {
@@ -75,12 +76,12 @@ def parse_arguments() -> argparse.Namespace:
     add_device_words(parser)
     args = parser.parse_args()
     for word in ("backbone", "size", "variants", "routing", "precision"):
-        setattr(args, word, list(dict.fromkeys(_flat(getattr(args, word)))))
+        setattr(args, word, list(dict.fromkeys(_flat(getattr(args, word) or ()))))
     return args
 
 
 def _add_choices(parser: Parser) -> None:
-    def add(word: str, convert: Callable[[str], Any], default: str, text: str) -> None:
+    def add(word: str, convert: Callable[[str], Any], default: str | None, text: str) -> None:
         parser.add_argument(
             word, nargs="+", type=_listed(convert), default=default, metavar="WORD", help=text
         )
@@ -105,9 +106,10 @@ def _add_choices(parser: Parser) -> None:
     add(
         "--routing",
         _routing,
-        "k0,k1,adm,heavy,light,budget:0.7",
+        None,
         "k0, k1 (any k), adm, heavy, light, budget:X (X as test_pcsr.py's --budget takes it) or "
-        "share:X (that share of the pixels to the heavy upsampler).",
+        "share:X (that share of the pixels to the heavy upsampler). Default: "
+        f"{', '.join(ROUTINGS)}, where that budget can be kept.",
     )
     add("--precision", _one_of(PRECISIONS), "fp32", "fp32, bf16, fp16 or auto.")
 
@@ -158,7 +160,7 @@ def main() -> int:
     """Parse the command line, measure, print tables, write files.
 
     Returns:
-        the exit code: 2 where a case could not be run.
+        the exit code: 2 where a case that was asked for could not be run.
     """
     args = parse_arguments()
     _check(args)
@@ -179,13 +181,15 @@ def main() -> int:
         if name in {"fp32", *precisions}
     }
     print(_machine_line(device, peaks), flush=True)
+    routings = args.routing or ROUTINGS
+    optional = [] if args.routing else [each for each in ROUTINGS if each.startswith("budget:")]
     rows: list[Row] = []
     left_out = 0
     for shape in args.size:
         for source in sources:
-            cases = cases_of(source.backbone, args.variants, args.routing, list(precisions))
+            cases = cases_of(source.backbone, args.variants, routings, list(precisions))
             bench = Bench(source, device, shape, peaks, memory=not args.no_memory)
-            rows += bench.run(cases, args.rounds)
+            rows += bench.run(cases, args.rounds, optional)
             left_out += bench.left_out
             if args.json is not None:
                 _write_json(args.json, rows)

@@ -5,7 +5,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -131,7 +131,7 @@ class Bench:
         memory: measure peak memory, too.
 
     Attributes:
-        left_out: how many cases could not be run so far.
+        left_out: how many cases could not be run so far, but for optional ones.
     """
 
     def __init__(
@@ -153,8 +153,12 @@ class Bench:
         self.lr = picture(lr_size).to(device)
         self.left_out = 0
 
-    def run(self, cases: Sequence[Case], rounds: int) -> list[Row]:
-        """Rows of the cases that can be run; prints why others cannot, and the table."""
+    def run(self, cases: Sequence[Case], rounds: int, optional: Container[str] = ()) -> list[Row]:
+        """Rows of the cases that can be run; prints why others cannot, and the table.
+
+        Args:
+            optional: routings that need not be possible.
+        """
         h, w = self.lr_size
         print(f"\n{self.source.backbone}, LR {w}x{h} (width x height) to {4 * w}x{4 * h}")
         calls: dict[Any, Callable[[], float]] = {}
@@ -165,7 +169,7 @@ class Bench:
             except (UserError, RuntimeError) as error:
                 if not _is_expected(error):
                     raise
-                self.left_out += 1
+                self.left_out += case.routing not in optional
                 print(f"left out: {case}: {one_line(error)}", flush=True)
         times = round_robin(calls, rounds, lambda each: _followed(each, "rounds"))
         rows = [self._row(case, *measured, times) for case, measured in prepared.items()]

@@ -36,7 +36,7 @@ class PixelLoss(nn.Module):
         self._has_switched = is_l2
         self._is_l2.fill_(is_l2)
         if is_l2:
-            logger.info("pixels are compared by L2 from iteration %d on", self.l2_from)
+            logger.info("pixels are compared by L2 from iteration %d on", step)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """A scalar: the mean over all values of two tensors of one shape, in float32 or wider."""

@@ -2,18 +2,22 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.checkpoints import all_paths, later_paths
 from engine.recorder import METRICS_NAME
 from engine.start import Start
 from utils.atomic import new_aside, write_text
-from utils.config import Config, dump_yaml
+from utils.config import Config, dump_yaml, load_raw
+from utils.errors import UserError
 from utils.log import add_file
 
 LOG_NAME = "log.txt"
 CONFIG_NAME = "config.yaml"
+# Parts of the config that checkpoints hold, too, with the state that belongs to them.
+_IN_CHECKPOINTS = ("optimizer", "lr_scheduler")
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +35,13 @@ def open_folder(save_dir: Path, config: Config, start: Start) -> None:
         what = "a new run: the one that was there is"
         kept = set_aside(save_dir)
     add_file(save_dir / LOG_NAME)
+    earlier = _saved_config(save_dir)
     write_text(save_dir / CONFIG_NAME, dump_yaml({**config.raw, "seed": start.seed}))
     if kept is not None:
         logger.info("%s kept in %s", what, kept)
     if start.resumes:
         logger.info("resumed at iteration %d from %s", start.iteration, start.path)
-        _log_changes(config, start)
+        _log_changes(config, start, earlier, _saved_config(save_dir))
     elif start.path is not None:
         what = "weights" if config.phase is None else "backbone and heavy upsampler"
         logger.info("%s from %s", what, start.path)
@@ -80,12 +85,45 @@ def _move(paths: Sequence[Path], save_dir: Path) -> Path:
     return kept
 
 
-def _log_changes(config: Config, start: Start) -> None:
-    """Say where the config has changed since the checkpoint: it is the config that counts."""
+def _saved_config(save_dir: Path) -> Mapping[str, Any]:
+    """The config that the folder's run had up to now; empty where it cannot be read."""
+    try:
+        return load_raw(save_dir / CONFIG_NAME)
+    except UserError:
+        return {}
+
+
+def _log_changes(
+    config: Config, start: Start, earlier: Mapping[str, Any], raw: Mapping[str, Any]
+) -> None:
+    """Say where the config has changed since the checkpoint: it is the config that counts.
+
+    Args:
+        earlier, raw: the folder's config up to now and from now on, for what checkpoints do not
+            hold; the first may be empty.
+    """
     saved = start.checkpoint or {}
-    if saved.get("seed") not in (None, start.seed):
-        logger.info("`seed` was %s and is now %s, as the config says", saved["seed"], start.seed)
-    for key, spec in (("optimizer", config.optimizer), ("lr_scheduler", config.lr_scheduler)):
-        before, now = saved.get(key, {}).get("args"), (spec or {}).get("args")
-        if before and now and before != now:
-            logger.info("`%s` was %s and is now %s, as the config says", key, before, now)
+    before = {key: saved.get(key, {}).get("args") for key in _IN_CHECKPOINTS}
+    now = {key: (getattr(config, key) or {}).get("args") for key in _IN_CHECKPOINTS}
+    changes = [(key, before[key], now[key]) for key in before if before[key] and now[key]]
+    if saved.get("seed") is not None:
+        changes.append(("seed", saved["seed"], start.seed))
+    if earlier:
+        known = {*_IN_CHECKPOINTS, "seed"}
+        kept, raw = ({k: v for k, v in c.items() if k not in known} for c in (earlier, raw))
+        changes += _differences(kept, raw)
+    for key, old, new in changes:
+        if old != new:
+            logger.info("`%s` was %s and is now %s, as the config says", key, old, new)
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], path: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Keys, as paths with dots, whose values differ in two configs; a missing one is "not set"."""
+    for key in dict.fromkeys((*old, *new)):
+        values = [each.get(key, "not set") for each in (old, new)]
+        if all(isinstance(value, Mapping) for value in values):
+            yield from _differences(values[0], values[1], f"{path}{key}.")
+        elif values[0] != values[1]:
+            yield f"{path}{key}", values[0], values[1]

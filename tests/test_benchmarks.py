@@ -173,6 +173,17 @@ def test_cases_that_cannot_be_run_are_left_out(benchmark: Benchmark, weights: li
     assert "nothing could be run" in done.stderr
 
 
+def test_a_budget_that_was_not_asked_for_need_not_be_possible(
+    benchmark: Benchmark, weights: list[str]
+) -> None:
+    """The reference engine, with FSRCNN, takes more than 0.7 of the original with light alone."""
+    done = benchmark(*weights, "--variants=reference", "--no_memory")
+    assert "left out: fsrcnn reference budget:0.7 fp32: --budget: " in done.stdout
+    assert (done.code, done.stderr) == (0, "")
+    done = benchmark(*weights, "--variants=reference", "--no_memory", "--routing=k0,budget:0.7")
+    assert (done.code, done.stderr) == (2, "error: 1 of the cases were left out, see above\n")
+
+
 def test_weights_of_the_other_kind_are_refused(benchmark: Benchmark, weights: list[str]) -> None:
     pcsr, original = (word.partition("=")[2] for word in weights[:2])
     for word, said in (

@@ -81,6 +81,8 @@ def test_a_run_that_switches_is_a_run_of_l1_and_one_of_l2(
     # The same, changed by hand where the first ends.
     assert run(make_config(kind, pictures, iter_max=2, **keys), tmp_path / "two") == 0
     assert run(make_config(kind, pictures, iter_max=4, l2_from=0, **keys), tmp_path / "two") == 0
+    # Two from where each switched: the run that was resumed had L1 until then.
+    assert caplog.text.count("pixels are compared by L2 from iteration 2 on") == 2
     one, two = (checkpoint_of(tmp_path / name) for name in ("one", "two"))
     assert not differences(one["model"], two["model"])
     assert losses_of(tmp_path / "one") == losses_of(tmp_path / "two")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from engine.checkpoints import older_path
+from engine.run_folder import CONFIG_NAME
 from engine.trainer import Trainer
 from tests.training import (
     KINDS,
@@ -198,6 +199,36 @@ def test_the_configs_rate_counts_after_resuming(
         run(make_config("fsrcnn", pictures, iter_max=2, optimizer=optimizer), tmp_path)
     assert metrics_of(tmp_path)[-1]["lr"] == pytest.approx(5e-3, rel=0.01)
     assert "`optimizer` was" in caplog.text and "resumed at iteration 1" in caplog.text
+
+
+def test_what_has_changed_in_the_config_is_told(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config("fsrcnn", pictures, iter_max=1, warmup=3)
+    run(config, tmp_path / "a")
+    raw = raw_config("fsrcnn", pictures, iter_max=2, ema=0.5)
+    raw["train_dataset"]["batch_size"] = 2
+    raw["optimizer"]["args"]["lr"] = 5e-3
+    changed = [
+        "`optimizer` was {'lr': 0.001, 'betas': [0.9, 0.99]} and is now {'lr': 0.005, ",
+        "`train_dataset.batch_size` was 4 and is now 2, as the config says",
+        "`iter_max` was 1 and is now 2, as the config says",
+        "`warmup` was 3 and is now not set, as the config says",
+        "`ema` was not set and is now 0.5, as the config says",
+    ]
+    with caplog.at_level(logging.INFO):
+        run(check_config(raw, "fsrcnn"), tmp_path / "a")
+    assert [change in caplog.text for change in changed] == [True] * 5
+    assert caplog.text.count(" is now ") == 5
+
+    # The same config again, and one whose earlier form is not known.
+    raw["iter_max"] = 3
+    (tmp_path / "a" / CONFIG_NAME).write_text("damaged: [")
+    for folder, resume in (("a", "auto"), ("b", str(tmp_path / "a" / LAST_NAME))):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run(check_config(raw, "fsrcnn"), tmp_path / folder, resume=resume)
+        assert " is now " not in caplog.text
 
 
 def test_metrics_of_lost_iterations_go(pictures: Path, tmp_path: Path) -> None:

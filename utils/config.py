@@ -162,6 +162,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such file, not YAML, unknown or missing key, or a value of the wrong type.
     """
+    raw = load_raw(path)
+    for override in overrides:
+        _apply_override(raw, override)
+    return check_config(raw, Path(path).stem)
+
+
+def load_raw(path: str | Path) -> dict[str, Any]:
+    """A config file's mapping as it is, not checked; see :func:`load_config` for what it raises."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -174,9 +182,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"config: {path} must hold a mapping of keys")
-    for override in overrides:
-        _apply_override(raw, override)
-    return check_config(raw, path.stem)
+    return raw
 
 
 def check_config(raw: Mapping[str, Any], name: str) -> Config:
