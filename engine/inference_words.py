@@ -54,7 +54,7 @@ def add_routing_words(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--upsampler",
-        type=_upsampler,
+        type=upsampler_index,
         metavar="heavy|light|INDEX",
         help="Send every pixel to one upsampler (INDEX counts from 0, the lightest); --k is then "
         "ignored.",
@@ -161,7 +161,8 @@ def _json_file(text: str) -> Path:
     return path
 
 
-def _upsampler(text: str) -> int:
+def upsampler_index(text: str) -> int:
+    """`type=` of an option that takes heavy, light or an index."""
     if text in ("heavy", "light"):
         return _HEAVIEST if text == "heavy" else 0
     if text.isascii() and text.isdigit():

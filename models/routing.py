@@ -19,7 +19,7 @@ from models.native.passes import histogram as histogram_of
 from utils.errors import UserError
 
 # Beyond this k every logit is negligible; larger values would overflow float32.
-_MAX_K = 1e30
+MAX_K = 1e30
 
 # The published clustering: fast_pytorch_kmeans with max_iter 20 and tol 1e-4. Its first iteration
 # has a single centroid and only yields the start centroids, so 19 are left.
@@ -83,7 +83,7 @@ class KRouting:
     def classes(self, margins_BKHW: Tensor, log_costs_M: Sequence[float]) -> Tensor:
         """See :class:`Routing`."""
         _check_count(margins_BKHW, log_costs_M)
-        k = max(-_MAX_K, min(self.k, _MAX_K))
+        k = max(-MAX_K, min(self.k, MAX_K))
         # Scores relative to the lightest upsampler, whose own score is 0.
         classes = _all_light(margins_BKHW)
         best = torch.zeros_like(classes, dtype=torch.float32)
