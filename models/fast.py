@@ -25,6 +25,7 @@ from models.packed import PackedSampler
 from models.pcsr import PCSR
 from models.sampler import LIIFSampler
 from models.streams import Encoder
+from models.strips import lr_strips, out_strips, row_heights, strip_sizes
 from models.used_rows import UsedRows
 
 # LR pixels that are worked on at once, and output pixels that go through an upsampler at once.
@@ -122,11 +123,11 @@ class FastEngine:
         w, W = grid.cols.lr_len, grid.cols.out_len
         classifier = 0
         if self.classifier is not None:
-            strips = (strip for part in parts for strip in self._strip_sizes(part))
+            strips = (strip for part in parts for strip in strip_sizes(part, self.block_px))
             classifier = sum(self.classifier.flops(lr_px, rows * W) for rows, lr_px in strips)
         lightest, *heavier = self.upsamplers
         # The lightest runs on all pixels of an LR row, of the others only the first layer does.
-        heights = [rows for part in parts for rows in self._row_heights(part)]
+        heights = [rows for part in parts for rows in row_heights(part, self.block_px)]
         starts = itertools.accumulate(heights, initial=0)
         per_row = [
             [lightest.flops(w, rows * W), *(packed.flops(w, 0) for packed in heavier)]
@@ -183,7 +184,7 @@ class FastEngine:
         phases_PD = packed.phases(grid, scale)
         h, w = feat_hwC.shape[:2]
         out_KhSwS = out_KHW.view(-1, h, scale, w, scale)
-        for rows in self._strips(h, w):
+        for rows in lr_strips(h, w, self.block_px):
             y_KPQ = self._all_phases(packed, feat_hwC[rows].flatten(0, 1), phases_PD)
             y_KSSrw = y_KPQ.reshape(packed.out_dim, scale, scale, -1, w)
             out_KhSwS[:, rows] = y_KSSrw.permute(0, 3, 1, 4, 2)
@@ -194,7 +195,7 @@ class FastEngine:
     ) -> int:
         flops = 0
         rows_HD, cols_WD = packed.axes(grid)
-        for first, last, lr_rows in self._out_strips(grid):
+        for first, last, lr_rows in out_strips(grid, self.block_px):
             feat_rwC = feat_hwC[lr_rows]
             source = grid.rows.nearest[first:last] - lr_rows.start
             lr_rwD = packed.lr_part(feat_rwC)[source]
@@ -217,7 +218,7 @@ class FastEngine:
         classes_hSwS = classes_HW.view(h, scale, w, scale)
         tables = [packed.phases(grid, scale) for packed in self.upsamplers]
         std = self.norm.std.view(3, 1)
-        for rows in self._strips(h, w):
+        for rows in lr_strips(h, w, self.block_px):
             feat_rwC = feat_hwC[rows]
             # Phase by phase, so that what a phase adds is added to a contiguous run of pixels.
             classes_PQ = classes_hSwS[rows].permute(1, 3, 0, 2).reshape(scale * scale, -1)
@@ -264,7 +265,7 @@ class FastEngine:
         tables = [packed.axes(grid) for packed in self.upsamplers]
         std = self.norm.std.view(3, 1)
         W, w = grid.cols.out_len, grid.cols.lr_len
-        for first, last, lr_rows in self._out_strips(grid):
+        for first, last, lr_rows in out_strips(grid, self.block_px):
             feat_rwC = feat_hwC[lr_rows]
             nearest = grid.rows.nearest[first:last] - lr_rows.start
             chosen = classes_HW[first:last].flatten()
@@ -324,44 +325,6 @@ class FastEngine:
             return index
         missing = -len(index) % HALF_MULTIPLE
         return torch.cat([index, index.new_zeros(missing, *index.shape[1:])])
-
-    def _strips(self, h: int, w: int) -> Iterator[slice]:
-        """Strips of LR rows of about `block_px` pixels."""
-        most = max(1, self.block_px // w)
-        count = -(-h // most)
-        # Of equal height: a rest of a row or two would take as long as a strip.
-        for index in range(count):
-            yield slice(index * h // count, (index + 1) * h // count)
-
-    def _strip_sizes(self, grid: PixelGrid) -> Iterator[tuple[int, int]]:
-        """Output rows and LR pixels of each strip."""
-        h, w, scale = grid.rows.lr_len, grid.cols.lr_len, grid.integer_scale
-        if scale is None:
-            for first, last, lr_rows in self._out_strips(grid):
-                yield last - first, (lr_rows.stop - lr_rows.start) * w
-        else:
-            for rows in self._strips(h, w):
-                count = rows.stop - rows.start
-                yield count * scale, count * w
-
-    def _row_heights(self, grid: PixelGrid) -> Iterator[int]:
-        """Output rows of each LR row that has some; of each strip that shares it."""
-        scale = grid.integer_scale
-        if scale is not None:
-            yield from [scale] * grid.rows.lr_len
-            return
-        for first, last, _ in self._out_strips(grid):
-            nearest = grid.rows.nearest[first:last]
-            yield from nearest.unique_consecutive(return_counts=True)[1].tolist()
-
-    def _out_strips(self, grid: PixelGrid) -> Iterator[tuple[int, int, slice]]:
-        """(first, last) output rows of about `block_px` pixels, and the LR rows they read."""
-        H, W = grid.out_size
-        step = max(1, self.block_px // W)
-        for first in range(0, H, step):
-            last = min(H, first + step)
-            nearest = grid.rows.nearest
-            yield first, last, slice(int(nearest[first]), int(nearest[last - 1]) + 1)
 
 
 def _chunk_px(device: torch.device, dtype: torch.dtype) -> int:

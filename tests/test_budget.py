@@ -1,175 +1,34 @@
-"""Budgets: how exactly they are met, in which order pixels are raised, and what is refused."""
+"""Budgets: how exactly engines meet them, how they are given, and what is refused."""
 
 import logging
-import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import models
 from engine.budget import Budget, BudgetPlan, OriginalCost
 from engine.inference_words import add_routing_words, routing_from
 from engine.loading import load_pcsr
 from engine.restore import Patches, PcsrRestorer
-from engine.timing import ImageTimes, PixelTimes, TimedRouting, measure_times
-from models.backbones.base import SRNetwork
-from models.budget import BudgetRouting, raise_order
-from models.cost import ImageCost, UpsamplingCost, count_rows, count_rows_above
+from models.budget import BudgetRouting
+from models.cost import count_rows
 from models.fast import FastEngine
 from models.grid import PixelGrid
 from models.inference import Engine, super_resolve
 from models.patches import super_resolve_patches
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
-from models.routing import AdaptiveRouting, KRouting
+from models.routing import AdaptiveRouting
+from tests.budgets import SHARES, Plan, between, make_original
 from tests.test_fast import make_model
-from tests.training import liif
 from utils.cli import Parser
 from utils.config import load_config
 from utils.errors import UserError
 from utils.flops import PcsrCost, executed_flops
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHARES = (0.0, 0.02, 0.3, 0.77, 1.0)
-
-
-# In which order pixels are raised
-
-
-def some_cost(rows: int, upsamplers: int, *, strip: float = 0.0) -> UpsamplingCost:
-    """1, 3, 9 a pixel, strips of two rows."""
-    starts = tuple(range(0, rows, 2))
-    per_strip = strip * np.arange(upsamplers, dtype=np.float64)
-    return UpsamplingCost(
-        100.0, (1.0, 3.0, 9.0)[:upsamplers], starts, np.tile(per_strip, (len(starts), 1))
-    )
-
-
-def between(cost: UpsamplingCost, size: tuple[int, int], share: float, patches: int = 1) -> float:
-    """The budget so far on the way from all-light to all-heavy."""
-    light, heavy = (cost.uniform(index, size, patches) for index in (0, -1))
-    return light + share * (heavy - light)
-
-
-def one_by_one(
-    margins: Tensor, slopes: tuple[float, ...], cost: UpsamplingCost, budget: float
-) -> np.ndarray:
-    """The classes, by raising one pixel after the other."""
-    kappa = raise_order(margins, slopes).numpy()
-    raises = sorted((-kappa[b, k, y, x], b, y, x) for b, k, y, x in np.ndindex(kappa.shape))
-    classes = np.zeros((len(kappa), *kappa.shape[2:]), np.uint8)
-    raised = classes
-    for index, raise_ in enumerate(raises):
-        raised = raised.copy()
-        raised[raise_[1:]] += 1
-        if raise_ in raises[index + 1 : index + 2]:  # over two classes at once
-            continue
-        if cost.total(count_rows(torch.from_numpy(raised), kappa.shape[1] + 1)) > budget:
-            break
-        classes = raised
-    return classes
-
-
-@pytest.mark.parametrize("upsamplers", [2, 3])
-@pytest.mark.parametrize("strip", [0.0, 7.0])
-@pytest.mark.parametrize("steps", [None, 2, 0], ids=["distinct", "ties", "all-equal"])
-def test_largest_margins_first_then_pixel_order(upsamplers, strip, steps, monkeypatch) -> None:
-    # So that a small image is searched as a large one is.
-    for name, value in (("GATHERED", 9), ("GATHERED_AT_ONCE", 3), ("ENOUGH", 20), ("GUESSES", 4)):
-        monkeypatch.setattr(f"models.budget._{name}", value)
-    generator = torch.Generator().manual_seed(0)
-    margins = torch.randn(2, upsamplers - 1, 7, 5, generator=generator).cumsum(1)
-    if steps is not None:
-        margins = (margins * steps).round()
-    slopes = (-2.0, -1.5, -1.2)[:upsamplers]
-    cost = some_cost(7, upsamplers, strip=strip)
-    for share in (0.0, 0.1, 0.5, 0.93, 0.999):
-        budget = between(cost, (7, 5), share, patches=2)
-        classes = BudgetRouting(cost, budget).classes(margins, slopes)
-        assert classes.dtype == torch.uint8
-        np.testing.assert_array_equal(classes, one_by_one(margins, slopes, cost, budget))
-
-
-@pytest.mark.parametrize("upsamplers", [2, 3, 4])
-def test_the_order_is_that_of_k(upsamplers) -> None:
-    generator = torch.Generator().manual_seed(0)
-    margins = torch.randn(1, upsamplers - 1, 20, 20, generator=generator)
-    slopes = (-2.0, -1.5, -1.2, -0.1)[:upsamplers]
-    kappa = raise_order(margins, slopes)
-    for k in (-3.0, 0.0, 0.7, 2.0):
-        threshold = k * 0.5 if upsamplers == 2 else k
-        classes = (kappa > threshold).sum(dim=1)
-        assert torch.equal(classes, KRouting(k).classes(margins, slopes).long())
-
-
-def test_more_budget_never_lowers_a_class() -> None:
-    margins = torch.randn(1, 2, 30, 20, generator=torch.Generator().manual_seed(0))
-    cost = some_cost(30, 3, strip=50.0)
-    budgets = [between(cost, (30, 20), share) for share in np.linspace(0, 1, 12)]
-    maps = [BudgetRouting(cost, b).classes(margins, (-2.0, -1.5, -1.2)) for b in budgets]
-    assert all((after >= before).all() for before, after in pairwise(maps))
-    assert not maps[0].any()
-    assert (maps[-1] == 2).all()
-
-
-@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0], ids=["even", "normal", "heavy-tailed"])
-def test_a_search_looks_at_the_image_a_few_times(
-    spread: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks = []
-
-    def count(maps: Tensor, thresholds: list[float]) -> np.ndarray:
-        looks.append(thresholds)
-        return count_rows_above(maps, thresholds)
-
-    monkeypatch.setattr("models.budget.count_rows_above", count)
-    generator = torch.Generator().manual_seed(0)
-    margins = torch.rand(1, 1, 600, 500, generator=generator)
-    if spread:
-        margins = (spread * torch.randn(1, 1, 600, 500, generator=generator)).sinh()
-    cost = some_cost(600, 2, strip=100.0)
-    for share in (0.03, 0.5, 0.97):
-        looks.clear()
-        BudgetRouting(cost, between(cost, (600, 500), share)).classes(margins, (-2.0, -1.0))
-        assert len(looks) <= 8
-
-
-@pytest.mark.parametrize("size", [(300, 448), (170, 250)])
-@pytest.mark.parametrize("share", [0.002, 0.01, 0.05])
-def test_budgets_near_the_least_are_met_without_compiled_kernels(
-    size: tuple[int, int], share: float
-) -> None:
-    """FSRCNN's first layers cost so much that they have to be counted row by row."""
-    hidden: tuple[list[int], ...] = ([10] * 3, [58] * 4, [])
-    encoder = {"name": "fsrcnn", "args": {"d": 48, "no_upsampling": True}}
-    light, heavy, classifier = map(liif, hidden)
-    args = {"encoder_spec": encoder, "upsampler_specs": [light, heavy]}
-    model = models.make({"name": "pcsr", "args": {**args, "classifier_spec": classifier}}).eval()
-    assert isinstance(model, PCSR)
-    restorer = PcsrRestorer(model)
-    restorer.engine = FastEngine(model)
-    image = restorer.image_cost((75, 112), size)
-    budget = image.uniform(0) + share * (image.uniform(-1) - image.uniform(0))
-    margins = torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(0))
-    classes = BudgetRouting(image.cost, budget).classes(margins, (-2.0, -1.0))
-    assert 0.995 * budget <= image.cost.total(count_rows(classes, 2)) <= budget
-
-
-def test_equal_costs_and_pixels_without_a_margin() -> None:
-    """No division by zero; pixels that cannot be ordered stay light."""
-    margins = torch.tensor([[[[0.0, 1.0, torch.nan]], [[0.0, -1.0, torch.nan]]]])
-    cost = some_cost(1, 3)
-    classes = BudgetRouting(cost, between(cost, (1, 3), 0.99)).classes(margins, (-1.0, -1.0, -0.5))
-    assert classes[0, 0, 2] == 0
-
-
-def test_upsamplers_out_of_order_are_refused() -> None:
-    with pytest.raises(UserError, match="light to heavy"):
-        BudgetRouting(some_cost(1, 2), 1e9).classes(torch.zeros(1, 1, 1, 1), (-1.0, -2.0))
 
 
 # What engines execute is what was predicted
@@ -259,20 +118,6 @@ def test_words() -> None:
     for other in ("--k=0", "--adaptive", "--upsampler=light"):
         with pytest.raises(UserError, match="contradict"):
             routing_of("--budget=0.5", other)
-
-
-class Plan(BudgetPlan):
-    """A budget for these small models, whose original is CARN with 16 channels."""
-
-    def __init__(self, text: str) -> None:
-        original = make_original()
-        super().__init__(Budget.parse(text), OriginalCost("carn", original))
-
-
-def make_original() -> SRNetwork:
-    model = models.make({"name": "carn", "args": {"nf": 16, "scale": 4}})
-    assert isinstance(model, SRNetwork)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -374,64 +219,6 @@ def test_originals_that_are_none() -> None:
         OriginalCost("mine").executed((9, 7), (36, 28))
     with pytest.raises(UserError, match="not of an original network"):
         OriginalCost.of_config("carn", load_config(CONFIGS / "tiny-pcsr-phase1.yaml"))
-
-
-# Time
-
-
-def test_times_of_pure_and_mixed_classes_are_reproduced() -> None:
-    image = ImageCost(some_cost(7, 3), patches=2, lr_size=(2, 2), size=(7, 5))
-    mixed = count_rows(torch.randint(0, 3, (2, 7, 5), dtype=torch.uint8), 3)
-    pure_s = [1.0, 2.0, 4.0]
-    cost = PixelTimes.fit(image, pure_s, 5.0, mixed).cost(image, fixed_s=0.5)
-    assert [cost.uniform(j, (7, 5), 2) for j in range(3)] == pytest.approx([2.0, 3.0, 5.0])
-    assert cost.total(mixed) == pytest.approx(6.0)
-
-
-def test_time_that_has_passed_is_gone(caplog) -> None:
-    margins = torch.randn(1, 1, 20, 20)
-    times = ImageTimes(0.0, UpsamplingCost(0.0, (0.0, 1.0), (0,), np.zeros((1, 2))), 0.0, 400.0)
-    routing = TimedRouting(times, 100.5, "words")
-    assert routing.classes(margins, (-1.0, -0.5)).sum() == 100
-    late = TimedRouting(times, 0.05, "words")
-    time.sleep(0.06)
-    assert not caplog.records
-    assert not late.classes(margins, (-1.0, -0.5)).any()
-    assert "words: will be late by about" in caplog.text
-
-
-@pytest.mark.parametrize("patches", [None, Patches(batch_size=1)], ids=["whole", "patches"])
-@pytest.mark.parametrize("upsamplers", [2, 3])
-def test_time_is_measured_once_for_each_size(upsamplers, patches, monkeypatch) -> None:
-    """How well it is met depends on the machine; here only that it is measured and used."""
-    monkeypatch.setattr("engine.timing._LEAST_PX", 700)
-    monkeypatch.setattr("engine.timing._LEAST_S", 0.0)
-    lr, size = torch.rand(3, 88, 32), (352, 128)
-    model = make_model("fsrcnn", upsamplers)
-    times = measure_times(PcsrRestorer(model, patches=patches), lr, size)
-    assert 0 < times.least_s <= times.most_s
-    calls = 0
-
-    def count(*_: object) -> ImageTimes:
-        nonlocal calls
-        calls += 1
-        return times
-
-    monkeypatch.setattr("engine.budget.measure_times", count)
-    restorer = PcsrRestorer(model, Plan("1000s"), patches=patches)
-    assert restorer(lr, size).shares[-1] == 1.0
-    assert restorer(lr, size).shares[-1] == 1.0
-    assert calls == 1
-    with pytest.raises(UserError, match=r"this image takes about [\d.]+ms"):
-        PcsrRestorer(model, Plan("0.001ms"), patches=patches)(lr, size)
-
-
-def test_warming_up_knows_no_budget() -> None:
-    restorer = PcsrRestorer(make_model("carn"), Plan("0.0001"))
-    lr = torch.rand(3, 9, 7)
-    restorer.warm_up(lr, (36, 28))
-    with pytest.raises(UserError, match="too little"):
-        restorer(lr, (36, 28))
 
 
 # Official weights
