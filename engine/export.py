@@ -99,11 +99,14 @@ def of_pcsr(
     )
 
 
-def write(exported: Exported, path: Path) -> None:
+def write(exported: Exported, path: Path) -> float | None:
     """Write the file, whole or not at all; one that is there is replaced.
 
+    Returns:
+        :func:`difference` of it.
+
     Raises:
-        UserError: a package that writes ONNX is missing.
+        UserError: a package that writes ONNX is missing; onnxruntime makes other pictures of it.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -127,6 +130,7 @@ def write(exported: Exported, path: Path) -> None:
     program.model.metadata_props.update(about)
     with replace_file(path) as temporary:
         program.save(temporary, external_data=False)
+        return difference(exported, temporary)
 
 
 def difference(exported: Exported, path: Path) -> float | None:
@@ -154,7 +158,7 @@ def difference(exported: Exported, path: Path) -> float | None:
         ours, theirs = _both(exported, session, exported.arguments(*_TRIED[0]))
         wrong |= bool((ours[1] != theirs[1]).mean() > _CLASSES_TOLERANCE)
     if wrong:
-        raise UserError(f"{path} gives other pictures under onnxruntime than PyTorch does")
+        raise UserError("the ONNX file gives other pictures under onnxruntime than PyTorch does")
     return largest
 
 
@@ -225,8 +229,7 @@ def main() -> None:
     model = load_model(weights, torch.device("cpu"), config)
     exported = _exported(model, args)
     exported.about.update(config=config.name, backbone=_backbone(config.model))
-    write(exported, args.output)
-    differs = difference(exported, args.output)
+    differs = write(exported, args.output)
     told = (
         f"not compared with PyTorch: {_RUNTIME} is not installed"
         if differs is None
