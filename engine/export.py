@@ -11,14 +11,14 @@ import contextlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine.inference_words import add_weights_word, output_file, upsampler_index
 from engine.loading import load_model
@@ -27,7 +27,7 @@ from models.onnx_graph import RoutedGraph, UniformGraph
 from models.pcsr import PCSR
 from utils.atomic import replace_file
 from utils.checkpoint import find_weights
-from utils.cli import Parser, add_config_words, positive_int, run
+from utils.cli import Parser, add_config_words, one_line, positive_int, run
 from utils.config import load_config
 from utils.errors import UserError
 from utils.flops import PcsrCost
@@ -38,11 +38,12 @@ _RUNTIME = "onnxruntime"
 # Sizes (B, h, w) that a file is tried on: none is the one that it was made with.
 _TRIED = ((1, 17, 23), (2, 9, 6))
 _EXAMPLE = (2, 12, 10)
-# What float32 arithmetic in another order may change, in images of range 1, and in a probability
-# so near a threshold that the class changes.
+# What float32 arithmetic in another order may change: images of range 1, and the classes of pixels
+# whose two upsamplers are all but equally good, a share of them and one.
 _TOLERANCE = 1e-4
 _CLASSES_TOLERANCE = 1e-3
 _PCSR_SCALE = 4
+_MOST_SCALE = 64
 
 
 @dataclass(frozen=True)
@@ -106,31 +107,41 @@ def write(exported: Exported, path: Path) -> float | None:
         :func:`difference` of it.
 
     Raises:
-        UserError: a package that writes ONNX is missing; onnxruntime makes other pictures of it.
+        UserError: a package that writes ONNX is missing; and see :func:`difference`.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX files need more packages: pip install {' '.join(_NEEDED)}")
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = [{0: dynamic, 2: dynamic, 3: dynamic}, {}][: len(exported.inputs)]
+    axes = {0: "batch", 2: "height", 3: "width"}
+    shapes = [{axis: torch.export.Dim(name) for axis, name in axes.items()}, {}]
     graph = exported.graph.eval()
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             graph,
             exported.arguments(*_EXAMPLE),
             dynamo=True,
-            dynamic_shapes=tuple(shapes),
+            dynamic_shapes=tuple(shapes[: len(exported.inputs)]),
             input_names=exported.inputs,
             output_names=exported.outputs,
             opset_version=OPSET,
             verbose=False,
         )
     assert program is not None
-    about = {"scale": str(exported.scale), **exported.about}
-    program.model.metadata_props.update(about)
+    _strip(program.model)
+    program.model.metadata_props.update({"scale": str(exported.scale), **exported.about})
     with replace_file(path) as temporary:
         program.save(temporary, external_data=False)
         return difference(exported, temporary)
+
+
+def _strip(model: Any) -> None:
+    """Take out where in which source each operation comes from: half of a small file."""
+    for node in model.graph.all_nodes():
+        for part in (node, *node.outputs):
+            part.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
 
 
 def difference(exported: Exported, path: Path) -> float | None:
@@ -140,34 +151,46 @@ def difference(exported: Exported, path: Path) -> float | None:
         of images in the range 1; None where onnxruntime is not installed.
 
     Raises:
-        UserError: they differ by more than rounding.
+        UserError: they differ by more than rounding, or onnxruntime cannot run the file.
     """
     if importlib.util.find_spec(_RUNTIME) is None:
         return None
-    import onnxruntime
+    try:
+        import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    # All pixels light, all heavy: no class hangs on a rounding.
-    trials = [(size, k) for size in _TRIED for k in ((1e9, -1e9) if exported.is_routed else (0.0,))]
-    largest = 0.0
-    for size, k in trials:
-        ours, theirs = _both(exported, session, exported.arguments(*size, k))
-        largest = max(largest, float(np.abs(ours[0] - theirs[0]).max()))
-    wrong = not largest <= _TOLERANCE
-    if exported.is_routed:
-        ours, theirs = _both(exported, session, exported.arguments(*_TRIED[0]))
-        wrong |= bool((ours[1] != theirs[1]).mean() > _CLASSES_TOLERANCE)
-    if wrong:
-        raise UserError("the ONNX file gives other pictures under onnxruntime than PyTorch does")
-    return largest
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        # All pixels light, all heavy, and both.
+        ks = (1e9, -1e9, 0.0) if exported.is_routed else (0.0,)
+        return max(_trial(exported, session, size, k) for size in _TRIED for k in ks)
+    except UserError:
+        raise
+    except Exception as error:  # onnxruntime's are of many kinds
+        raise UserError(
+            f"{_RUNTIME} cannot run the ONNX file, update or uninstall it: {one_line(error)}"
+        ) from error
 
 
-def _both(exported: Exported, session: Any, arguments: Sequence[Tensor]) -> list[list[np.ndarray]]:
+def _trial(exported: Exported, session: Any, size: tuple[int, int, int], k: float) -> float:
+    """The largest difference on one input; see :func:`difference`."""
+    arguments = exported.arguments(*size, k)
     with torch.no_grad():
         outputs = exported.graph(*arguments)
-    ours = [x.numpy() for x in (outputs if exported.is_routed else (outputs,))]
-    named = {n: x.numpy() for n, x in zip(exported.inputs, arguments, strict=True)}
-    return [ours, session.run(list(exported.outputs), named)]
+    ours: tuple[Tensor, ...] = outputs if exported.is_routed else (outputs,)
+    named = {name: x.numpy() for name, x in zip(exported.inputs, arguments, strict=True)}
+    theirs = [torch.from_numpy(x) for x in session.run(list(exported.outputs), named)]
+    apart = (ours[0] - theirs[0]).abs()
+    wrong = False
+    if exported.is_routed:
+        _, classes = ours
+        other = (classes != theirs[1]).float()
+        wrong = bool(other.sum() > 1 + _CLASSES_TOLERANCE * other.numel())
+        # Refinement looks at the neighbours, too.
+        near_other = F.max_pool2d(other[:, None], 3, stride=1, padding=1)
+        apart = apart.where(near_other == 0, 0.0)
+    largest = float(apart.max())
+    if wrong or not largest <= _TOLERANCE:
+        raise UserError(f"{_RUNTIME} makes other pictures of the ONNX file than PyTorch does")
+    return largest
 
 
 @contextlib.contextmanager
@@ -189,10 +212,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Write a network as an ONNX file. It takes `lr` (B, 3, h, w), float RGB in "
         "[0, 1] of any size, and gives `sr` (B, 3, scale h, scale w), to be clamped to [0, 1]. A "
-        "PCSR network also takes `k` (1,), the trade-off that --k is elsewhere, and gives "
-        "`classes` (B, scale h, scale w) uint8, each pixel's upsampler, 0 the lightest. Needs the "
-        "packages onnx and onnxscript; where onnxruntime is installed, too, the file is compared "
-        "with PyTorch.",
+        "PCSR network also takes `k` (1,) float, the trade-off that --k is elsewhere, one for all "
+        "images, and gives `classes` (B, scale h, scale w) uint8, each pixel's upsampler, 0 the "
+        "lightest. Images are worked on whole. Needs the packages onnx and onnxscript; where "
+        "onnxruntime is installed, too, the file is compared with PyTorch.",
         example="python -m engine.export --config configs/carn-pcsr-phase1.yaml "
         "--output results/tmp/carn-pcsr.onnx",
     )
@@ -248,6 +271,8 @@ def _exported(model: nn.Module, args: argparse.Namespace) -> Exported:
             count = len(model.upsamplers)
             raise UserError(f"--upsampler {args.upsampler}: the model has {count}, counted from 0")
         scale = args.scale or _PCSR_SCALE
+        if scale > _MOST_SCALE:
+            raise UserError(f"--scale {scale}: {_MOST_SCALE} is the most that a file can have")
         return of_pcsr(model, scale, args.upsampler, refinement=not args.no_refinement)
     if not isinstance(model, SRNetwork) or model.no_upsampling:
         raise UserError("only PCSR models and original super-resolution networks can be exported")
@@ -255,11 +280,13 @@ def _exported(model: nn.Module, args: argparse.Namespace) -> Exported:
         raise UserError(f"--scale {args.scale}: the network is for x{model.scale}")
     if args.upsampler is not None:
         raise UserError("--upsampler: an original network has none to choose from")
+    if args.no_refinement:
+        raise UserError("--no_refinement: an original network has no borders to refine")
     return of_original(model)
 
 
 def _backbone(spec: dict[str, Any]) -> str:
-    return str(spec["args"].get("encoder_spec", spec)["name"])
+    return str((spec.get("args") or {}).get("encoder_spec", spec)["name"])
 
 
 def _onnx_file(text: str) -> Path:

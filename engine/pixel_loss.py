@@ -36,7 +36,9 @@ class PixelLoss(nn.Module):
         self._has_switched = is_l2
         self._is_l2.fill_(is_l2)
         if is_l2:
-            logger.info("pixels are compared by L2 from iteration %d on", step)
+            logger.info(
+                "iteration %d: pixels are compared by L2 (`l2_from: %d`)", step, self.l2_from
+            )
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """A scalar: the mean over all values of two tensors of one shape, in float32 or wider."""

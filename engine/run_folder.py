@@ -1,5 +1,6 @@
 """The folder of a run: an earlier run's files, the log, the resolved config."""
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,15 +10,15 @@ from typing import Any
 from engine.checkpoints import all_paths, later_paths
 from engine.recorder import METRICS_NAME
 from engine.start import Start
+from engine.state import scheduler_spec_of
 from utils.atomic import new_aside, write_text
-from utils.config import Config, dump_yaml, load_raw
+from utils.config import Config, check_config, dump_yaml, load_raw
 from utils.errors import UserError
 from utils.log import add_file
 
 LOG_NAME = "log.txt"
 CONFIG_NAME = "config.yaml"
-# Parts of the config that checkpoints hold, too, with the state that belongs to them.
-_IN_CHECKPOINTS = ("optimizer", "lr_scheduler")
+_NO_SPEC = {"name": None, "args": None}
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,13 @@ def open_folder(save_dir: Path, config: Config, start: Start) -> None:
         what = "a new run: the one that was there is"
         kept = set_aside(save_dir)
     add_file(save_dir / LOG_NAME)
-    earlier = _saved_config(save_dir)
+    earlier = _config_of(save_dir, config.name) if start.is_of(save_dir) else None
     write_text(save_dir / CONFIG_NAME, dump_yaml({**config.raw, "seed": start.seed}))
     if kept is not None:
         logger.info("%s kept in %s", what, kept)
     if start.resumes:
         logger.info("resumed at iteration %d from %s", start.iteration, start.path)
-        _log_changes(config, start, earlier, _saved_config(save_dir))
+        _log_changes(config, start, earlier)
     elif start.path is not None:
         what = "weights" if config.phase is None else "backbone and heavy upsampler"
         logger.info("%s from %s", what, start.path)
@@ -85,45 +86,49 @@ def _move(paths: Sequence[Path], save_dir: Path) -> Path:
     return kept
 
 
-def _saved_config(save_dir: Path) -> Mapping[str, Any]:
-    """The config that the folder's run had up to now; empty where it cannot be read."""
+def _config_of(save_dir: Path, name: str) -> Config | None:
+    """The config that the folder's run had up to now; None where it cannot be read."""
     try:
-        return load_raw(save_dir / CONFIG_NAME)
+        return check_config(load_raw(save_dir / CONFIG_NAME), name)
     except UserError:
-        return {}
+        return None
 
 
-def _log_changes(
-    config: Config, start: Start, earlier: Mapping[str, Any], raw: Mapping[str, Any]
-) -> None:
+def _log_changes(config: Config, start: Start, earlier: Config | None) -> None:
     """Say where the config has changed since the checkpoint: it is the config that counts.
 
     Args:
-        earlier, raw: the folder's config up to now and from now on, for what checkpoints do not
-            hold; the first may be empty.
+        earlier: what the folder's run had, for what checkpoints do not hold.
     """
     saved = start.checkpoint or {}
-    before = {key: saved.get(key, {}).get("args") for key in _IN_CHECKPOINTS}
-    now = {key: (getattr(config, key) or {}).get("args") for key in _IN_CHECKPOINTS}
-    changes = [(key, before[key], now[key]) for key in before if before[key] and now[key]]
+    now = {"optimizer": config.optimizer or {}, "lr_scheduler": scheduler_spec_of(config)}
+    changes: list[tuple[str, Any, Any]] = []
+    for key, spec in now.items():
+        before = {part: saved[key].get(part) for part in ("name", "args")}
+        changes += _differences(before, {**_NO_SPEC, **spec}, f"{key}.")
     if saved.get("seed") is not None:
-        changes.append(("seed", saved["seed"], start.seed))
-    if earlier:
-        known = {*_IN_CHECKPOINTS, "seed"}
-        kept, raw = ({k: v for k, v in c.items() if k not in known} for c in (earlier, raw))
-        changes += _differences(kept, raw)
+        changes += _differences({"seed": saved["seed"]}, {"seed": start.seed})
+    if earlier is not None:
+        known = {*now, "seed", "raw"}
+        values = [dataclasses.asdict(each) for each in (earlier, config)]
+        before, after = ({k: v for k, v in each.items() if k not in known} for each in values)
+        changes += _differences(before, after)
     for key, old, new in changes:
-        if old != new:
-            logger.info("`%s` was %s and is now %s, as the config says", key, old, new)
+        logger.info("`%s` was %s and is now %s, as the config says", key, old, new)
 
 
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], path: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Keys, as paths with dots, whose values differ in two configs; a missing one is "not set"."""
+    """Keys, as paths with dots, whose values differ in two mappings; a missing value is None."""
     for key in dict.fromkeys((*old, *new)):
-        values = [each.get(key, "not set") for each in (old, new)]
-        if all(isinstance(value, Mapping) for value in values):
-            yield from _differences(values[0], values[1], f"{path}{key}.")
-        elif values[0] != values[1]:
-            yield f"{path}{key}", values[0], values[1]
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{path}{key}.")
+        elif _plain(before) != _plain(after):
+            yield f"{path}{key}", before, after
+
+
+def _plain(value: Any) -> Any:
+    """As YAML and checkpoints hold it, which have lists only."""
+    return list(value) if isinstance(value, tuple) else value

@@ -18,6 +18,14 @@ from utils.config import Config
 logger = logging.getLogger(__name__)
 
 
+def scheduler_spec_of(config: Config) -> Mapping[str, Any]:
+    """The config's schedule; where it has none, one cosine over all iterations."""
+    return config.lr_scheduler or {
+        "name": "CosineAnnealingLR_Restart",
+        "args": {"T_period": [config.iter_max], "eta_min": 1e-7},
+    }
+
+
 class TrainState:
     """A model in training, with everything that must be saved to continue as if nothing happened.
 
@@ -45,10 +53,7 @@ class TrainState:
         self.skipped = 0
         self._config = config
         self._seed = start.seed
-        scheduler_spec = config.lr_scheduler or {
-            "name": "CosineAnnealingLR_Restart",
-            "args": {"T_period": [config.iter_max], "eta_min": 1e-7},
-        }
+        scheduler_spec = scheduler_spec_of(config)
         self._specs = {"optimizer": optimizer_spec, "lr_scheduler": scheduler_spec}
         self.optimizer = OPTIMIZERS.make(optimizer_spec, "optimizer", params=self.trained)
         scheduler = SCHEDULERS.make(scheduler_spec, "lr_scheduler", optimizer=self.optimizer)

@@ -3,8 +3,8 @@
 Shapes stay open: everything is written in operations that ONNX has, without tables of a size. What
 `models.reference` and `models.fast` compute is computed here for whole images.
 
-Axes: B batch, C channels, D hidden width, h w LR, H W output, P output pixels per LR pixel, M
-upsamplers, N output pixels of all images, R those of them that an upsampler gets.
+Axes: B batch, C channels, D hidden width, h w LR, L LR pixels of all images, H W output, P output
+pixels per LR pixel, N = L P, M upsamplers, R output pixels that an upsampler gets.
 """
 
 from collections.abc import Sequence
@@ -47,11 +47,16 @@ class RoutedGraph(nn.Module):
     def forward(self, lr: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         feat = self.model.encode(lr)
         classes_N = self._classes(self.classifier.everywhere(feat), k)
-        residual = feat.new_zeros(1, 1).expand(classes_N.shape[0], 3)
+        # Pixels are found by LR pixel and position in it: to divide a number by P, runtimes may go
+        # through float32, which not all of them fit into.
+        classes_LP = classes_N.view(-1, self.scale**2)
+        residual_LP3 = feat.new_zeros(1, 1, 1).expand(*classes_LP.shape, 3)
         for index, upsampler in enumerate(self.upsamplers):
-            pixels_R = torch.nonzero(classes_N == index)[:, 0]
-            residual = residual.index_put((pixels_R,), upsampler.at(feat, pixels_R))  # type: ignore[operator]
-        sr = finished(self.model, lr, _as_images(residual, lr, self.scale), self.scale)
+            lr_pixels_R, positions_R = torch.nonzero(classes_LP == index).unbind(1)
+            values_R3 = upsampler.at(feat, lr_pixels_R, positions_R)  # type: ignore[operator]
+            residual_LP3 = residual_LP3.index_put((lr_pixels_R, positions_R), values_R3)
+        residual = _as_images(residual_LP3.flatten(0, 1), lr, self.scale)
+        sr = finished(self.model, lr, residual, self.scale)
         classes = _as_images(classes_N[:, None], lr, self.scale)
         if self.refinement:
             sr = _refined(sr, classes)
@@ -122,12 +127,9 @@ class PhasedSampler(nn.Module):
         """(N, outputs)."""
         return self._layers((self._of_lr(feat_BChw)[:, None] + self.phase_PD).flatten(0, 1))
 
-    def at(self, feat_BChw: Tensor, pixels_R: Tensor) -> Tensor:
-        """(R, outputs), for the pixels of these numbers."""
-        count = self.phase_PD.shape[0]
-        lr_pixels = torch.div(pixels_R, count, rounding_mode="floor")
-        of_lr = self._of_lr(feat_BChw)[lr_pixels]
-        return self._layers(of_lr + self.phase_PD[pixels_R - lr_pixels * count])
+    def at(self, feat_BChw: Tensor, lr_pixels_R: Tensor, positions_R: Tensor) -> Tensor:
+        """(R, outputs), for the pixels at these positions of these LR pixels."""
+        return self._layers(self._of_lr(feat_BChw)[lr_pixels_R] + self.phase_PD[positions_R])
 
     def _of_lr(self, feat_BChw: Tensor) -> Tensor:
         """The first layer without position and bias, (B h w, D)."""

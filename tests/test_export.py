@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -20,11 +18,14 @@ from tests.test_models import SMALL, original, pcsr
 from utils.cli import run
 from utils.errors import UserError
 
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
 # (B, h, w), k
 CASES = [((1, 9, 7), 0.0), ((2, 6, 11), 0.4), ((1, 1, 1), 0.0), ((1, 2, 5), -1e9), ((1, 8, 8), 1e9)]
 
 
-def session_of(exported: export.Exported, path: Path) -> onnxruntime.InferenceSession:
+def session_of(exported: export.Exported, path: Path) -> Any:
     export.write(exported, path)
     onnx.checker.check_model(str(path), full_check=True)
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -99,8 +100,34 @@ def test_originals_of_every_backbone(backbone: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backbone", ["fsrcnn", "srresnet", "rcan"])
 def test_backbones_below_the_routing(backbone: str, tmp_path: Path) -> None:
-    differs = export.write(export.of_pcsr(undecided(2, backbone), 4), tmp_path / "a.onnx")
-    assert differs is not None and differs < 1e-5
+    model = undecided(2, backbone)
+    session = session_of(export.of_pcsr(model, 4), tmp_path / "a.onnx")
+    lr = pictures(1, 14, 9)
+    sr, classes = session.run(None, {"lr": lr.numpy(), "k": np.zeros(1, np.float32)})
+    expected = PcsrRestorer(model, engine="reference")(lr[0], (56, 36))
+    assert expected.classes is not None and 0 < expected.shares[1] < 1
+    assert np.array_equal(classes[0], expected.classes)
+    np.testing.assert_allclose(sr[0], expected.sr, rtol=0, atol=1e-5)
+
+
+def test_what_is_in_a_file(tmp_path: Path) -> None:
+    session_of(export.of_pcsr(undecided(2), 4), tmp_path / "a.onnx")
+    model = onnx.load(tmp_path / "a.onnx")
+    # Pixels are numbered in integers only: float32 does not tell those beyond 2^24 apart.
+    assert {"NonZero", "ScatterND"} <= {node.op_type for node in model.graph.node}
+    assert not {"Mod", "Floor"} & {node.op_type for node in model.graph.node}
+    # Nothing of the machine that it was made on.
+    assert str(Path(export.__file__).parent.parent) not in str(model)
+    shapes = [
+        [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    ]
+    assert shapes == [
+        ["batch", 3, "height", "width"],
+        [1],
+        ["batch", 3, "4*height", "4*width"],
+        ["batch", "4*height", "4*width"],
+    ]
 
 
 def test_a_file_that_gives_other_pictures_is_not_kept(
@@ -118,9 +145,21 @@ def test_a_file_that_gives_other_pictures_is_not_kept(
         return program
 
     monkeypatch.setattr(torch.onnx, "export", export_and_change)
-    with pytest.raises(UserError, match="gives other pictures under onnxruntime"):
+    with pytest.raises(UserError, match="onnxruntime makes other pictures of the ONNX file"):
         export.write(exported, path)
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"before"]
+
+
+def test_a_runtime_that_cannot_run_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Unsupported model\nIR version")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(UserError, match="uninstall it: Unsupported model IR version"):
+        export.write(export.of_original(original("fsrcnn", 4)), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 # The command line
@@ -182,6 +221,8 @@ def test_where_packages_are_missing_it_says_so(
     [
         ("configs/fsrcnn-x4.yaml", ["--scale", "2"], "--scale 2: the network is for x4"),
         ("configs/fsrcnn-x4.yaml", ["--upsampler", "heavy"], "has none to choose from"),
+        ("configs/fsrcnn-x4.yaml", ["--no_refinement"], "has no borders to refine"),
+        (CONFIG, ["--scale", "65"], "--scale 65: 64 is the most that a file can have"),
         (CONFIG, ["--upsampler", "2"], "--upsampler 2: the model has 2, counted from 0"),
         (CONFIG, ["--scale", "0"], "expected a whole number, at least 1, not `0`"),
         (CONFIG, ["--output", "a.pth"], "expected a name that ends in .onnx, not `a.pth`"),

@@ -77,12 +77,11 @@ def test_a_run_that_switches_is_a_run_of_l1_and_one_of_l2(
         phase0(kind)
     keys = {"iter_print": 1}
     assert run(make_config(kind, pictures, iter_max=4, l2_from=2, **keys), tmp_path / "one") == 0
-    assert caplog.text.count("pixels are compared by L2 from iteration 2 on") == 1
+    assert caplog.text.count("iteration 2: pixels are compared by L2 (`l2_from: 2`)") == 1
     # The same, changed by hand where the first ends.
     assert run(make_config(kind, pictures, iter_max=2, **keys), tmp_path / "two") == 0
     assert run(make_config(kind, pictures, iter_max=4, l2_from=0, **keys), tmp_path / "two") == 0
-    # Two from where each switched: the run that was resumed had L1 until then.
-    assert caplog.text.count("pixels are compared by L2 from iteration 2 on") == 2
+    assert caplog.text.count("iteration 2: pixels are compared by L2 (`l2_from: 0`)") == 1
     one, two = (checkpoint_of(tmp_path / name) for name in ("one", "two"))
     assert not differences(one["model"], two["model"])
     assert losses_of(tmp_path / "one") == losses_of(tmp_path / "two")
