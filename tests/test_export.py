@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import exported
 from engine import export
 from engine.restore import OriginalRestorer, PcsrRestorer
 from models.pcsr import PCSR
@@ -160,6 +161,20 @@ def test_a_runtime_that_cannot_run_it_is_told(
     with pytest.raises(UserError, match="uninstall it: Unsupported model IR version"):
         export.write(export.of_original(original("fsrcnn", 4)), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_benchmark_of_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--backbone=fsrcnn", "--size=16x12", "--rounds=1", "--threads=1"]
+    monkeypatch.setattr("sys.argv", ["exported", *words])
+    exported.main()
+    *_, size, _, original, k0, k1, heavy, light = capsys.readouterr().out.splitlines()
+    assert size == "LR 16x12"
+    rows = [line.split() for line in (original, k0, k1, heavy, light)]
+    assert [row[0] for row in rows] == ["original", "k0", "k1", "heavy", "light"]
+    assert rows[0][2] == "1.00" and [rows[3][4], rows[4][4]] == ["100.0", "0.0"]
+    assert all(row[3].isdigit() for row in rows)
 
 
 # The command line
