@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.machine import describe, peak_memory_bytes
 
 # What k stands for each routing.
-ROUTINGS = {"k0": 0.0, "k1": 1.0, "heavy": -1e9, "light": 1e9}
+ROUTINGS = {"k0": 0.0, "k1": 1.0, "heavy": export.K_HEAVY, "light": export.K_LIGHT}
 ORIGINAL = "original"
 
 
@@ -92,11 +92,11 @@ def main() -> None:
 def measure(paths: dict[str, Path], args: Any) -> None:
     """Measure the cases' files and print a table."""
     sessions = {path: session_of(path, args.threads) for path in set(paths.values())}
+    inputs = {case: inputs_of(case, args.size) for case in paths}
 
     def timed(case: str) -> float:
-        inputs = inputs_of(case, args.size)
         start = time.perf_counter()
-        sessions[paths[case]].run(None, inputs)
+        sessions[paths[case]].run(None, inputs[case])
         return time.perf_counter() - start
 
     times = round_robin({case: functools.partial(timed, case) for case in paths}, args.rounds + 1)
@@ -110,7 +110,7 @@ def measure(paths: dict[str, Path], args: Any) -> None:
         per_pixel = "-" if memory is None else f"{memory / (SCALE**2 * h * w):.0f}"
         heavy = "-"
         if case != ORIGINAL:
-            _, classes = sessions[path].run(None, inputs_of(case, args.size))
+            _, classes = sessions[path].run(None, inputs[case])
             heavy = f"{100 * (classes > 0).mean():.1f}"
         ratio = medians[case] / medians[ORIGINAL]
         print(f"{case:8}  {medians[case]:6.3f}  {ratio:9.2f}  {per_pixel:>18}  {heavy:>7}")

@@ -20,15 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.inference_words import add_weights_word, output_file, upsampler_index
-from engine.loading import load_model
+from engine.evaluate_cli import is_pcsr
+from engine.inference_words import (
+    add_weights_word,
+    check_upsampler,
+    output_file,
+    upsampler_index,
+)
+from engine.loading import load_original, load_pcsr
 from models.backbones.base import SRNetwork
 from models.onnx_graph import RoutedGraph, UniformGraph
 from models.pcsr import PCSR
 from utils.atomic import replace_file
 from utils.checkpoint import find_weights
 from utils.cli import Parser, add_config_words, one_line, positive_int, run
-from utils.config import load_config
+from utils.config import Config, load_config
 from utils.errors import UserError
 from utils.flops import PcsrCost
 
@@ -44,6 +50,8 @@ _TOLERANCE = 1e-4
 _CLASSES_TOLERANCE = 1e-3
 _PCSR_SCALE = 4
 _MOST_SCALE = 64
+# With these k all pixels are light, or heavy.
+K_LIGHT, K_HEAVY = 1e9, -1e9
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def difference(exported: Exported, path: Path) -> float | None:
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         # All pixels light, all heavy, and both.
-        ks = (1e9, -1e9, 0.0) if exported.is_routed else (0.0,)
+        ks = (K_LIGHT, K_HEAVY, 0.0) if exported.is_routed else (0.0,)
         return max(_trial(exported, session, size, k) for size in _TRIED for k in ks)
     except UserError:
         raise
@@ -249,8 +257,8 @@ def main() -> None:
     args = parse_arguments()
     config = load_config(args.config, args.overrides)
     weights = args.weights or find_weights(Path("save") / config.name)
-    model = load_model(weights, torch.device("cpu"), config)
-    exported = _exported(model, args)
+    load = _pcsr if is_pcsr(config) else _original
+    exported = load(weights, config, args)
     exported.about.update(config=config.name, backbone=_backbone(config.model))
     differs = write(exported, args.output)
     told = (
@@ -265,23 +273,23 @@ def main() -> None:
     )
 
 
-def _exported(model: nn.Module, args: argparse.Namespace) -> Exported:
-    if isinstance(model, PCSR):
-        if args.upsampler is not None and args.upsampler >= len(model.upsamplers):
-            count = len(model.upsamplers)
-            raise UserError(f"--upsampler {args.upsampler}: the model has {count}, counted from 0")
-        scale = args.scale or _PCSR_SCALE
-        if scale > _MOST_SCALE:
-            raise UserError(f"--scale {scale}: {_MOST_SCALE} is the most that a file can have")
-        return of_pcsr(model, scale, args.upsampler, refinement=not args.no_refinement)
-    if not isinstance(model, SRNetwork) or model.no_upsampling:
-        raise UserError("only PCSR models and original super-resolution networks can be exported")
-    if args.scale not in (None, model.scale):
-        raise UserError(f"--scale {args.scale}: the network is for x{model.scale}")
+def _pcsr(weights: Path, config: Config, args: argparse.Namespace) -> Exported:
+    scale = args.scale or _PCSR_SCALE
+    if scale > _MOST_SCALE:
+        raise UserError(f"--scale {scale}: {_MOST_SCALE} is the most that a file can have")
+    model = load_pcsr(weights, torch.device("cpu"), config)
+    check_upsampler(args.upsampler, len(model.upsamplers))
+    return of_pcsr(model, scale, args.upsampler, refinement=not args.no_refinement)
+
+
+def _original(weights: Path, config: Config, args: argparse.Namespace) -> Exported:
     if args.upsampler is not None:
         raise UserError("--upsampler: an original network has none to choose from")
     if args.no_refinement:
         raise UserError("--no_refinement: an original network has no borders to refine")
+    model = load_original(weights, torch.device("cpu"), config)
+    if args.scale not in (None, model.scale):
+        raise UserError(f"--scale {args.scale}: the network is for x{model.scale}")
     return of_original(model)
 
 

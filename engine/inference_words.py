@@ -115,8 +115,7 @@ def routing_from(
             name one that the model does not have.
     """
     check_exclusive(args)
-    if args.upsampler is not None and args.upsampler >= upsamplers:
-        raise UserError(f"--upsampler {args.upsampler}: the model has {upsamplers}, counted from 0")
+    check_upsampler(args.upsampler, upsamplers)
     if upsamplers == 1:
         if args.budget is not None:
             raise UserError("--budget: the model has one upsampler, so there is nothing to choose")
@@ -129,6 +128,12 @@ def routing_from(
         check_adaptive(upsamplers)
         return AdaptiveRouting()
     return KRouting(args.k or 0.0)
+
+
+def check_upsampler(index: int | None, upsamplers: int) -> None:
+    """Refuse the ``--upsampler`` that a model of so many does not have."""
+    if index is not None and index >= upsamplers:
+        raise UserError(f"--upsampler {index}: the model has {upsamplers}, counted from 0")
 
 
 def check_exclusive(args: argparse.Namespace) -> None:

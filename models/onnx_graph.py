@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.grid import PixelGrid
 from models.pcsr import PCSR
 from models.routing import MAX_K
 from models.sampler import LIIFSampler
@@ -45,6 +46,7 @@ class RoutedGraph(nn.Module):
         self.log_costs = tuple(log_costs)
 
     def forward(self, lr: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, h, w) in [0, 1] and (1,) to (B, 3, H, W), not clamped, and (B, H, W) uint8."""
         feat = self.model.encode(lr)
         classes_N = self._classes(self.classifier.everywhere(feat), k)
         # Pixels are found by LR pixel and position in it: to divide a number by P, runtimes may go
@@ -95,6 +97,7 @@ class UniformGraph(nn.Module):
         self.upsampler = PhasedSampler(model.upsamplers[index], scale)
 
     def forward(self, lr: Tensor) -> Tensor:
+        """(B, 3, h, w) in [0, 1] to (B, 3, H, W), not clamped."""
         residual = self.upsampler.everywhere(self.model.encode(lr))
         return finished(self.model, lr, _as_images(residual, lr, self.scale), self.scale)
 
@@ -111,17 +114,14 @@ class PhasedSampler(nn.Module):
     def __init__(self, sampler: LIIFSampler, scale: int) -> None:
         super().__init__()
         first, *rest = sampler.imnet.linears
-        weight = first.weight.detach()
-        channels = sampler.in_dim
-        self.first = nn.Parameter(weight[:, :channels, None, None].clone(), requires_grad=False)
+        weight = first.weight.detach()[:, : sampler.in_dim, None, None].clone()
+        self.first = nn.Parameter(weight, requires_grad=False)
         self.rest = nn.ModuleList(rest)
-        # In LR pixels: twice the offset from the centre, and twice an output pixel's size.
-        rel = (2 * torch.arange(scale, dtype=torch.float64) + 1 - scale) / scale
-        rows_PD = torch.outer(rel, weight[:, channels].double()).repeat_interleave(scale, dim=0)
-        cols_PD = torch.outer(rel, weight[:, channels + 1].double()).repeat(scale, 1)
-        cell_D = 2 / scale * weight[:, channels + 2 :].double().sum(dim=1)
-        phase_PD = rows_PD + cols_PD + cell_D + first.bias.detach().double()
-        self.register_buffer("phase_PD", phase_PD.to(weight.dtype))
+        # At an integer scale positions are the same in every LR pixel.
+        with torch.no_grad():
+            row_DS, col_DS = sampler.geometry(PixelGrid.build((1, 1), (scale, scale)))
+        phase_DP = (row_DS[:, :, None] + col_DS[:, None]).flatten(1)
+        self.register_buffer("phase_PD", phase_DP.t().contiguous())
 
     def everywhere(self, feat_BChw: Tensor) -> Tensor:
         """(N, outputs)."""

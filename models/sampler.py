@@ -93,7 +93,7 @@ class LIIFSampler(nn.Module):
         if feat_BChw.is_cuda and grid.integer_scale is not None:
             return self._dense_by_pixel(feat_BChw, grid, grid.integer_scale)
         lr_BDhw = F.conv2d(feat_BChw, first.weight[:, : self.in_dim, None, None])
-        row_DH, col_DW = self._geometry(first, grid)
+        row_DH, col_DW = self.geometry(grid)
         row_DH, col_DW = row_DH.to(lr_BDhw.dtype), col_DW.to(lr_BDhw.dtype)
         scale = grid.integer_scale
         if scale is None:
@@ -115,7 +115,7 @@ class LIIFSampler(nn.Module):
         units at full speed.
         """
         first, *rest = self.imnet.linears
-        row_DH, col_DW = self._geometry(first, grid)
+        row_DH, col_DW = self.geometry(grid)
         phase_PD = (row_DH[:, :scale, None] + col_DW[:, None, :scale]).flatten(1).t()
         width = _to_8(first.out_features) if rest else first.out_features
         weight = _padded(first.weight[:, : self.in_dim], width, self.in_dim)
@@ -131,8 +131,9 @@ class LIIFSampler(nn.Module):
         out = x.view(batch, h, w, scale, scale, self.out_dim).permute(0, 5, 1, 3, 2, 4)
         return out.reshape(batch, self.out_dim, h * scale, w * scale)
 
-    def _geometry(self, first: nn.Linear, grid: PixelGrid) -> tuple[Tensor, Tensor]:
+    def geometry(self, grid: PixelGrid) -> tuple[Tensor, Tensor]:
         """What rows (D, H) and columns (D, W) add to the first layer; rows hold cell and bias."""
+        first = self.imnet.linears[0]
         rel_y, rel_x, cell_y, cell_x = first.weight[:, self.in_dim :].unbind(1)
         constant = first.bias + cell_y * grid.rows.cell + cell_x * grid.cols.cell
         row_DH = rel_y[:, None] * grid.rows.rel + constant[:, None]

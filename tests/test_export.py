@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import models
 from benchmarks import exported
 from engine import export
 from engine.restore import OriginalRestorer, PcsrRestorer
 from models.pcsr import PCSR
 from models.routing import FixedRouting, KRouting
 from tests.test_models import SMALL, original, pcsr
+from utils.checkpoint import save_checkpoint
 from utils.cli import run
 from utils.errors import UserError
 
@@ -209,6 +211,17 @@ def test_command_writes_a_file_that_says_what_it_is(command: Any, tmp_path: Path
     assert about["scale"] == "4" and about["refinement"] == "false"
     assert (about["config"], about["backbone"]) == ("fsrcnn-pcsr-small-phase1", "fsrcnn")
     assert [each.name for each in path.parent.iterdir()] == ["small.onnx"]
+
+
+@pytest.mark.parametrize("args", ["", "\n  args:"])
+def test_a_config_need_not_give_arguments(args: str, command: Any, tmp_path: Path) -> None:
+    config, weights = tmp_path / "plain.yaml", tmp_path / "plain.pth"
+    config.write_text(f"model:\n  name: fsrcnn{args}\n")
+    spec: dict[str, Any] = {"name": "fsrcnn", "args": {}}
+    save_checkpoint(weights, {"model": {**spec, "sd": models.make(spec).state_dict()}})
+    path = tmp_path / "a.onnx"
+    code, _, err = command("--config", config, "--weights", weights, "--output", path)
+    assert (code, err) == (0, "") and path.is_file()
 
 
 def test_where_packages_are_missing_it_says_so(
