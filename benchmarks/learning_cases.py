@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from engine.data import train_batches
+from engine.data import TrainBatches
 from engine.objectives import make_objective
 from engine.optim import OPTIMIZERS, SCHEDULERS
 from engine.pixel_loss import PixelLoss
@@ -223,7 +223,7 @@ def train_routing(
     ]
     data, _ = required_sections(config)
     seed = config.seed or 0
-    batches = train_batches(data, seed=seed, start=0, stop=iterations, world=World(0, 1, device))
+    batches = TrainBatches(data, seed=seed, start=0, stop=iterations, world=World(0, 1, device))
     with _Frozen(learners[0].model) as frozen:
         for index, batch in enumerate(batches):
             moved = {key: value.to(device) for key, value in batch.items()}

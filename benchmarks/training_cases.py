@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.cases import REPOSITORY
 from benchmarks.straightforward import SCALE, straightforward_batches, use_reference
-from engine.data import to_device, train_batches
+from engine.data import TrainBatches, to_device
 from engine.start import Start, TrainOptions
 from engine.trainer import Trainer
 from utils.config import Config, load_config
@@ -152,7 +152,7 @@ def _batches(case: Case, setting: Setting) -> Iterator[dict[str, Tensor]]:
         return straightforward_batches(list_images(setting.sub_images), setting.batch_size)
     data = setting.config(case).train_dataset
     assert data is not None
-    return train_batches(data, seed=0, start=0, stop=1 << 40, world=setting.world)
+    return TrainBatches(data, seed=0, start=0, stop=1 << 40, world=setting.world)
 
 
 def _data_call(case: Case, setting: Setting) -> Callable[[], float]:

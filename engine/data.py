@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import datasets
 from datasets.batches import DeviceBatches, NotOnDevice
 from datasets.sampling import IterationBatchSampler
-from engine.skipped import SkippedImages, Skips
+from engine.skipped import SkippedImages
 from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
@@ -48,34 +48,16 @@ def _load(samples: Any) -> Dataset:
 
 
 class TrainBatches(Iterator[Batch]):
-    """One rank's batches of a training run.
-
-    Args:
-        made: the batches.
-        dataset: what they are made of.
-
-    Attributes:
-        skipped: the damaged images among it. Who takes the batches is to have them reported.
-    """
-
-    def __init__(self, made: Iterator[Batch], dataset: Skips) -> None:
-        self._made = made
-        self.skipped = SkippedImages(dataset)
-
-    def __next__(self) -> Batch:
-        return next(self._made)
-
-
-def train_batches(
-    data: DataConfig, *, seed: int, start: int, stop: int, world: World
-) -> TrainBatches:
-    """This rank's share of the batches of iterations `start` to `stop` - 1.
+    """One rank's share of the batches of iterations `start` to `stop` - 1.
 
     A batch is a function of (seed, iteration) alone: not of the number of ranks or workers, nor
     of whether training was interrupted.
 
     With `cache: device`, batches are made on the device as a whole; where that cannot be, a
     message says why, and data loaders make them.
+
+    Attributes:
+        skipped: the damaged images among them. Who takes batches is to have them reported.
 
     Yields:
         ``{"lr": (B, 3, h, w), "hr": (B, 3, H, W)}`` float32 on the CPU or on the device.
@@ -85,29 +67,44 @@ def train_batches(
             the ranks; while yielding, an image that is damaged or too small, samples of different
             sizes, or a dead loader process.
     """
-    samples: Any = make_samples(data, "train_dataset")
-    sampler = IterationBatchSampler(
-        length=len(samples),
-        batch_size=data.batch_size,
-        seed=seed,
-        start=start,
-        stop=stop,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    return TrainBatches(_make(samples, sampler, data, world), samples.dataset)
 
+    def __init__(self, data: DataConfig, *, seed: int, start: int, stop: int, world: World) -> None:
+        samples: Any = make_samples(data, "train_dataset")
+        self._data = data
+        self._seed = seed
+        self._world = world
+        self._samples = samples
+        sampler = self._sampler(start, stop)
+        self._on_device: DeviceBatches | None = None
+        if samples.dataset.cache == "device":
+            self._on_device = _device_batches(samples, world)
+        else:
+            samples.dataset.load()
+        self._made = self._batches(sampler, -(-data.num_workers // world.size))
+        self.skipped = SkippedImages(samples.dataset)
 
-def _make(
-    samples: Any, sampler: IterationBatchSampler, data: DataConfig, world: World
-) -> Iterator[Batch]:
-    if samples.dataset.cache == "device":
-        made = _device_batches(samples, world)
-        if made is not None:
-            return made.batches(sampler)
-    else:
-        samples.dataset.load()
-    return _loaded_batches(samples, sampler, data, world)
+    def __next__(self) -> Batch:
+        return next(self._made)
+
+    def of(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of these iterations, made by this process; those to come stay the same."""
+        return self._batches(self._sampler(start, stop), 0)
+
+    def _sampler(self, start: int, stop: int) -> IterationBatchSampler:
+        return IterationBatchSampler(
+            length=len(self._samples),
+            batch_size=self._data.batch_size,
+            seed=self._seed,
+            start=start,
+            stop=stop,
+            rank=self._world.rank,
+            world_size=self._world.size,
+        )
+
+    def _batches(self, sampler: IterationBatchSampler, workers: int) -> Iterator[Batch]:
+        if self._on_device is not None:
+            return self._on_device.batches(sampler)
+        return _loaded_batches(self._samples, sampler, workers, self._world.device)
 
 
 def _device_batches(samples: Any, world: World) -> DeviceBatches | None:
@@ -121,17 +118,16 @@ def _device_batches(samples: Any, world: World) -> DeviceBatches | None:
 
 
 def _loaded_batches(
-    samples: Dataset, sampler: IterationBatchSampler, data: DataConfig, world: World
+    samples: Dataset, sampler: IterationBatchSampler, workers: int, device: torch.device
 ) -> Iterator[Batch]:
     """Batches from data loader processes, or from this one where there are none."""
-    workers = -(-data.num_workers // world.size)
     loader = DataLoader(
         samples,
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_WorkerSignals() if workers else None,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # not the global one, whose state belongs to the run
     )

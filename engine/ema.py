@@ -54,6 +54,15 @@ class Ema:
         finally:
             self._fill(own)
 
+    @contextlib.contextmanager
+    def jumping(self) -> Iterator[None]:
+        """Of what changes in the model while this is entered, the average is what it is then."""
+        before = {name: value.clone() for name, value in self._live.items()}
+        yield
+        for name, value in self._live.items():
+            average = self._average[name]
+            average.copy_(torch.where(value.detach() != before[name], value.detach(), average))
+
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():

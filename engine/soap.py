@@ -166,9 +166,9 @@ def _first_state(gradients: Tensor, group: Mapping[str, Any]) -> _State:
     for axis in _turned(gradients.shape[1:], group["max_precondition_dim"]):
         covariances = _outer(gradients, axis) * (1 - group["shampoo_beta"])
         # A gradient that is not finite is the caller's to report; eigh would raise. It is a
-        # function of CPUs and CUDA alone.
-        finite = torch.nan_to_num(covariances, posinf=0.0, neginf=0.0).cpu()
-        bases = torch.linalg.eigh(finite)[1].to(gradients.device)
+        # function of CPUs and CUDA alone, and in float32 does not converge on all covariances.
+        finite = torch.nan_to_num(covariances, posinf=0.0, neginf=0.0).cpu().double()
+        bases = torch.linalg.eigh(finite)[1].to(gradients)
         state |= {_covariance(axis): covariances, _basis(axis): bases.contiguous()}
     return state
 

@@ -2,9 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from engine.optim import OPTIMIZERS, SCHEDULERS, WarmUp, load_optimizer
 from engine.start import Start
 from utils.checkpoint import load_phase0, load_weights, weights_for_inference
 from utils.config import Config
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,13 @@ class TrainState:
         if self.ema is not None:
             self.ema.update(done)
         self.skipped = 0
+
+    def changed_by(self, change: Callable[[], T]) -> T:
+        """Call what changes weights otherwise; of what it changed, the average is the new value."""
+        if self.ema is None:
+            return change()
+        with self.ema.jumping():
+            return change()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The weights to judge: the model has the averages while entered, where there are any."""

@@ -13,7 +13,8 @@ from tqdm import tqdm
 import models
 from engine.checkpoints import Checkpoints
 from engine.compiled import compiled
-from engine.data import Batch, to_device, train_batches, validation_sets
+from engine.data import Batch, TrainBatches, to_device, validation_sets
+from engine.dead_units import HINT_PATCHES, PATCHES, Probe, told
 from engine.divergence import Divergence, first_not_finite
 from engine.gradients import BatchGradients, Losses
 from engine.objectives import make_objective
@@ -135,11 +136,10 @@ class Trainer:
             seed=start.seed,
             last=self.checkpoints.last_path,
         )
-        batches = train_batches(
+        self.samples = TrainBatches(
             data, seed=start.seed, start=start.iteration, stop=config.iter_max, world=self.world
         )
-        self.batches: Iterator[Batch] = batches
-        self.skipped = batches.skipped
+        self.batches: Iterator[Batch] = self.samples
         self.validation: list[tuple[float, Dataset]] = []
         if config.valid_dataset is not None:
             self.validation = validation_sets(config.valid_dataset)
@@ -181,6 +181,8 @@ class Trainer:
                 where = f"saved at iteration {step}" if step else "before the first iteration"
                 logger.info("stopped by signal %d: %s", found.signal_number, where)
                 return 128 + found.signal_number
+            if step in config.revive:
+                self._revive(step)
             losses = self._iterate(step, found.batch)
             done = step + 1
             recorder.add(losses, self.state.lr, found.data_s)
@@ -193,6 +195,7 @@ class Trainer:
             if self._is_validated(done):
                 self._validate(done, recorder)
         recorder.summary()
+        self._tell_dead_units()
         logger.info("finished at iteration %d: %s%s", end, self.checkpoints.last_path, self._best())
         return 0
 
@@ -217,11 +220,11 @@ class Trainer:
                 int(problem is not None),
                 signal_number,
                 int(overdue and self.world.is_main),
-                int(self.skipped.has_news()),
+                int(self.samples.skipped.has_news()),
             ]
         )
         if has_skipped:
-            self.skipped.report()
+            self.samples.skipped.report()
         if failed:
             fail_together(problem)
         return _Next(batch, data_s, signal_number, bool(saving))
@@ -259,6 +262,27 @@ class Trainer:
         if config.nan_skip or self.world.device.type == "cpu" or self._is_validated(done):
             return True
         return _is_due(done, config.iter_print, end) or _is_due(done, config.iter_save, end)
+
+    # Dead units
+
+    def _probe(self, start: int, stop: int) -> Probe:
+        """With the batches of these iterations."""
+        return together(lambda: Probe(self.model, self.samples.of(start, stop), trained_only=True))
+
+    def _revive(self, step: int) -> None:
+        probe = self._probe(step, step + -(-PATCHES // self.data.batch_size))
+        with self.gradients.all_threads():
+            found = self.state.changed_by(lambda: probe.revive(self.start.seed + step))
+        logger.info("iteration %d: %s ReLU units were dead and start anew", step, told(found))
+
+    def _tell_dead_units(self) -> None:
+        # Of samples that were seen: no damaged image is met at the very end.
+        end = self.config.iter_max
+        probe = self._probe(max(0, end - -(-HINT_PATCHES // self.data.batch_size)), end)
+        with self.gradients.all_threads():
+            found = probe.dead_units()
+        if any(units.any() for units in found.values()):
+            logger.info("%s ReLU units are dead: see `revive` in the README", told(found))
 
     # Validation and checkpoints
 

@@ -36,8 +36,9 @@ def every_kind(folder: Path, current: World) -> int:
     init = str(folder / "one" / "fsrcnn-phase0" / LAST_NAME)
     config = make_config("fsrcnn-phase1", folder / "pictures", iter_max=4, iter_save=2, **KEYS)
     run(config, folder / "two" / "keys", current, init=init)
-    config = make_config("carn", folder / "pictures", iter_max=6, optimizer=SOAP)
-    run(config, folder / "two" / "soap", current)
+    init = str(folder / "dead.pth")
+    config = make_config("carn", folder / "pictures", iter_max=6, optimizer=SOAP, revive=[0, 3])
+    run(config, folder / "two" / "soap", current, init=init)
     data = raw_config("fsrcnn", folder / "pictures")["train_dataset"]
     wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
     valid = {"dataset": data["dataset"], "wrapper": wrapper}

@@ -15,7 +15,7 @@ from datasets.folders import ImageFolder, PairedImageFolders
 from datasets.pairing import align_pair, pair_by_name
 from datasets.resize import imresize, imresize_uint8
 from datasets.sampling import SampleKey
-from engine.data import train_batches, validation_sets
+from engine.data import TrainBatches, validation_sets
 from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
@@ -252,7 +252,7 @@ def test_a_misspelt_wrapper_key_is_found_before_images_are_decoded(tmp_path: Pat
     args = {"inp_size": 8, "scale": 4, "augmnt": True}
     data = DataConfig(dataset, {"name": "sr-implicit-downsampled", "args": args})
     with pytest.raises(UserError, match="did you mean `augment`"):
-        train_batches(data, seed=0, start=0, stop=1, world=World(0, 1, torch.device("cpu")))
+        TrainBatches(data, seed=0, start=0, stop=1, world=World(0, 1, torch.device("cpu")))
 
 
 def test_validation_never_skips(tmp_path: Path) -> None:

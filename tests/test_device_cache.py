@@ -14,7 +14,7 @@ import datasets.device_images
 from datasets.batches import NotOnDevice, _check_memory
 from datasets.draws import draw, sample_bits
 from datasets.sampling import SampleKey
-from engine.data import train_batches
+from engine.data import TrainBatches
 from tests.processes import free_port
 from tests.test_datasets import write_images
 from tests.training import checkpoint_of, differences, make_pictures, raw_config, run
@@ -35,7 +35,7 @@ def folder_data(folder: Path, cache: str, wrapper: dict[str, Any], **args: Any) 
 
 
 def batches(data: DataConfig, world: World = ONE, first: int = 0, last: int = 5) -> list:
-    return list(train_batches(data, seed=3, start=first, stop=last, world=world))
+    return list(TrainBatches(data, seed=3, start=first, stop=last, world=world))
 
 
 def assert_equal(found: list, expected: list) -> None:
@@ -207,7 +207,7 @@ def test_damaged_and_small_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.png"):
         batches(folder_data(folder, "device", wrapper))
     data = folder_data(folder, "device", wrapper, on_error="skip")
-    made = train_batches(data, seed=3, start=0, stop=5, world=ONE)
+    made = TrainBatches(data, seed=3, start=0, stop=5, world=ONE)
     assert made.skipped.has_news()
     assert_equal(list(made), batches(folder_data(folder, "none", wrapper, on_error="skip")))
 

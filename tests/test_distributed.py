@@ -19,6 +19,7 @@ from tests.training import (
     metrics_of,
     raw_config,
     run,
+    with_dead_units,
 )
 from utils.checkpoint import LAST_NAME
 from utils.distributed import (
@@ -44,8 +45,9 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
         run(make_config(kind, pictures, iter_max=4), tmp_path / "one" / kind)
     config = make_config("fsrcnn-phase1", pictures, iter_max=4, **KEYS)
     run(config, tmp_path / "one" / "keys", init=str(tmp_path / "one/fsrcnn-phase0" / LAST_NAME))
-    config = make_config("carn", pictures, iter_max=6, optimizer=SOAP)
-    run(config, tmp_path / "one" / "soap")
+    with_dead_units(tmp_path / "one" / "carn" / LAST_NAME, tmp_path / "dead.pth")
+    config = make_config("carn", pictures, iter_max=6, optimizer=SOAP, revive=[0, 3])
+    run(config, tmp_path / "one" / "soap", init=str(tmp_path / "dead.pth"))
     wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
     data = raw_config("fsrcnn", pictures)["train_dataset"]
     valid = {"dataset": data["dataset"], "wrapper": wrapper}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine.start import TrainOptions
 from engine.trainer import Trainer, train
-from utils.checkpoint import LAST_NAME, load_checkpoint
+from utils.checkpoint import LAST_NAME, load_checkpoint, save_checkpoint
 from utils.config import Config, check_config
 from utils.distributed import World
 
@@ -27,7 +27,15 @@ ARGS: dict[str, dict[str, Any]] = {
 }
 HIDDEN = {"fsrcnn": ([58] * 4, [10] * 3, []), "carn": ([74] * 4, [20] * 3, [10, 10])}
 # Everything of a training step that is off by default.
-KEYS = {"ema": 0.9, "grad_clip": 0.3, "warmup": 3, "accumulate": 2, "nan_skip": 1, "l2_from": 2}
+KEYS = {
+    "ema": 0.9,
+    "grad_clip": 0.3,
+    "warmup": 3,
+    "accumulate": 2,
+    "nan_skip": 1,
+    "l2_from": 2,
+    "revive": [0, 2],
+}
 ONE = World(0, 1, torch.device("cpu"))
 
 
@@ -104,6 +112,13 @@ def make_config(kind: str, pictures: Path, **changes: Any) -> Config:
 def run(config: Config, save_dir: Path, world: World = ONE, **options: Any) -> int:
     """Train in this process. Returns the exit code."""
     return train(config, TrainOptions(save_dir=save_dir, **options), world)
+
+
+def with_dead_units(source: Path, target: Path, layer: str = "b1.b1.body.0") -> None:
+    """The weights of a checkpoint, the first two units of a layer dead."""
+    checkpoint = load_checkpoint(source)
+    checkpoint["model"]["sd"][f"{layer}.bias"][:2] = -1e3
+    save_checkpoint(target, {"model": checkpoint["model"], "iter": 0})
 
 
 def checkpoint_of(save_dir: Path) -> dict[str, Any]:

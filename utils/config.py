@@ -80,6 +80,8 @@ class Config:
         seed: of weights and samples; None draws one.
         init: weights that a new run starts from, of which PCSR takes backbone and heaviest
             upsampler; None for random ones, in phase 1 for the phase 0 config's.
+        revive: the iterations, from 0, before which dead ReLU units get new weights, see
+            `models.dead_units`.
         precision: "fp32" or "bf16" (autocast) arithmetic in training.
         channels_last: memory layout of the convolutions in training.
         microbatches: on the CPU, pieces that a batch is cut into, one thread each; None for 4
@@ -120,6 +122,7 @@ class Config:
     scale: int | None = None
     seed: int | None = None
     init: str | None = None
+    revive: list[int] = field(default_factory=list)
     precision: str = "fp32"
     channels_last: bool = False
     microbatches: int | None = None
@@ -246,6 +249,8 @@ def _check_value(kind: Any, value: Any, where: str, key: str) -> Any:
     lowest = 1 if key in _AT_LEAST_ONE else 0
     if isinstance(checked, (int, float)) and checked < lowest:
         raise UserError(f"config: `{where}` must be {lowest} or more, not {value!r}")
+    if key == "revive" and any(step < 0 for step in checked):
+        raise UserError(f"config: `{where}` must be iterations, from 0 on, not {value!r}")
     if key == "seed" and checked >= 2**63:
         raise UserError(f"config: `{where}` must be below 2^63, not {value!r}")
     if key == "ema" and checked >= 1:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork, check_sizes, conv3x3, shuffle_steps
 from models.backbones.carn_fused import FusedCarn
+from models.dead_units import Layer, ReluLayer
 from models.fuse import fused_copy
 from models.normalise import DIV2K_MEAN
 from models.registry import MODELS
@@ -85,6 +86,18 @@ class CascadeBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cascade(x, [self.b1] * 3, [self.c1, self.c2, self.c3])
+
+    def relu_layers(self) -> list[ReluLayer]:
+        """See `models.dead_units`: the residual block's last, read by every fusion after it."""
+        last = self.b1.body[-1]
+        assert isinstance(last, nn.Conv2d)
+        readers: list[tuple[Layer, int]] = []
+        for steps, fusing in enumerate((self.c1, self.c2, self.c3), start=1):
+            reader = fusing[0]
+            assert isinstance(reader, nn.Conv2d)
+            # It reads the block's input and, after that, the steps so far.
+            readers += [(reader, step * last.out_channels) for step in range(1, steps + 1)]
+        return [ReluLayer(last, self.b1, tuple(readers))]
 
 
 class UpsampleBody(nn.Module):

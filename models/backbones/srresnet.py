@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbones.base import SRNetwork, check_sizes, conv3x3, shuffle_steps
+from models.dead_units import ReluLayer
 from models.registry import MODELS
 from models.row_graph import RowGraph
 from models.streams import ChainRows, ConvRows, PointwiseRows, ResidualRows, RowStream
@@ -27,6 +28,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(torch.relu(self.conv1(x)))
+
+    def relu_layers(self) -> list[ReluLayer]:
+        """See `models.dead_units`."""
+        return [ReluLayer(self.conv1, self.conv1, ((self.conv2, 0),))]
 
     def stream(self) -> RowStream:
         """See `SRNetwork.stream`."""
