@@ -1,23 +1,23 @@
-"""Dead ReLU units of a network, looked for with its training data; and new weights for them.
+"""Count a network's dead ReLU units, layer by layer, and give them new weights.
 
-``python -m engine.dead_units --config configs/carn-x4.yaml``
+``python -m engine.dead_units --config configs/gpu/carn-x4.yaml``
 
-See `models.dead_units` for what they are. Training does the same at the iterations that a config's
-`revive` names.
+See `models.dead_units` for what they are. Training does the same before the iterations that a
+config's `revive` names.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.data import Batch, TrainBatches
 from engine.inference_words import add_weights_word, output_file
 from engine.loading import load_model
-from models.dead_units import dead_units, relu_layers, revive
-from models.grid import PixelGrid
+from engine.train_checks import check_scale
+from engine.unit_probe import PATCHES, Probe, count
 from models.pcsr import PCSR
 from utils.checkpoint import find_weights, load_checkpoint, save_checkpoint
 from utils.cli import (
@@ -29,109 +29,33 @@ from utils.cli import (
     run,
 )
 from utils.config import Config, load_config
-from utils.distributed import World, max_over_ranks, world
+from utils.device import pick_device
+from utils.distributed import World
 from utils.errors import UserError
 from utils.log import set_up
 
-# Patches that a unit has to be silent on; and where no more hangs on it than a line in a log.
-PATCHES = 512
-HINT_PATCHES = 64
-# Output pixels of a batch that the upsamplers are tried on.
-_PIXELS = 1024
-_NAMED = 3
-
-
-class Probe:
-    """Looks for a network's dead units on the same training samples every time.
-
-    Args:
-        network: an original network or a PCSR network; on the device of the samples.
-        batches: of the samples, this rank's part.
-        trained_only: leave out layers that are frozen, or whose readers are.
-    """
-
-    def __init__(
-        self, network: nn.Module, batches: Iterable[Batch], *, trained_only: bool = False
-    ) -> None:
-        device = next(network.parameters()).device
-        self._network = network
-        self._trained_only = trained_only
-        self._samples = [
-            (b["lr"].to(device), (b["hr"].shape[-2], b["hr"].shape[-1])) for b in batches
-        ]
-
-    def dead_units(self) -> dict[str, Tensor]:
-        """`models.dead_units.dead_units` over all ranks, each of which has to call it."""
-        was_training = self._network.training
-        # Statistics of batch norm are neither taken from the samples nor changed by them.
-        self._network.eval()
-        try:
-            found = dead_units(self._network, self._run)
-        finally:
-            self._network.train(was_training)
-        if self._trained_only:
-            layers = relu_layers(self._network)
-            found = {name: units for name, units in found.items() if layers[name].is_trained}
-        alive = [int(flag) for units in found.values() for flag in ~units]
-        dead = ~torch.tensor(max_over_ranks(alive), dtype=torch.bool)
-        lengths = [len(units) for units in found.values()]
-        return dict(zip(found, dead.split(lengths), strict=True))
-
-    def revive(self, seed: int) -> dict[str, Tensor]:
-        """`models.dead_units.revive`."""
-        return revive(self._network, self.dead_units, seed=seed)
-
-    def _run(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for lr, size in self._samples:
-            if isinstance(self._network, PCSR):
-                _run_everywhere(self._network, lr, size, generator)
-            else:
-                self._network(lr)
-
-
-def _run_everywhere(
-    model: PCSR, lr: Tensor, size: tuple[int, int], generator: torch.Generator
-) -> None:
-    """Every upsampler and the classifier, on some of the output pixels."""
-    feat = model.encode(lr)
-    grid = PixelGrid.build((lr.shape[-2], lr.shape[-1]), size, lr.device)
-    pixels = torch.randperm(size[0] * size[1], generator=generator)[:_PIXELS].to(lr.device)
-    for sampler in (*model.upsamplers, *([model.classifier] if model.classifier else [])):
-        sampler(feat, grid, pixels)
-
-
-def told(found: Mapping[str, Tensor]) -> str:
-    """Such as ``5 of 960 (b1.b1.body.0 4, b2.b1.body.0 1)``."""
-    counts = sorted(((int(u.sum()), n) for n, u in found.items() if u.any()), key=lambda c: -c[0])
-    named = [f"{name} {count}" for count, name in counts[:_NAMED]]
-    if len(counts) > _NAMED:
-        named.append(f"{len(counts) - _NAMED} more layers")
-    return _count(found) + (f" ({', '.join(named)})" if named else "")
-
-
-def _count(found: Mapping[str, Tensor]) -> str:
-    dead = sum(int(units.sum()) for units in found.values())
-    return f"{dead} of {sum(map(len, found.values()))}"
+_SEED = 0
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = Parser(
         description="Count a network's dead ReLU units, layer by layer: those that are never above "
-        "zero on training samples. They pass nothing on and learn nothing. With --output, they get "
-        "new weights, and training that starts from these (--init) makes use of them.",
-        example="python -m engine.dead_units --config configs/carn-x4.yaml",
+        "zero on training samples. They pass nothing on and learn nothing. Looked at are hidden "
+        "units: those that the next layers read as they are, without batch norm or PixelShuffle in "
+        "between.",
+        example="python -m engine.dead_units --config configs/gpu/carn-x4.yaml",
     )
     add_config_words(parser)
     add_weights_word(parser)
     add_device_words(parser)
     parser.add_argument(
         "--output",
-        type=_weights_file,
+        type=_new_weights_file,
         metavar="PATH",
         help="Write the weights with dead units made new: random incoming weights, zeros as "
-        "outgoing ones, so that the network's output stays.",
+        "outgoing ones, so that the network's output stays. A run that starts from them (--init) "
+        "can make use of these units.",
     )
     parser.add_argument(
         "--patches",
@@ -140,9 +64,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help=f"Training patches to look at, in whole batches. Default: {PATCHES}.",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="Of samples and new weights. Default: 0."
-    )
     return parser.parse_args()
 
 
@@ -150,36 +71,41 @@ def main() -> None:
     """Parse the command line, look, and print; write where asked to."""
     args = parse_arguments()
     check_device_words(args)
+    set_up(main=True)
     config = load_config(args.config, args.overrides)
     path = args.weights or find_weights(Path("save") / config.name)
-    if args.output is not None and args.output.resolve() == path.resolve():
-        raise UserError(f"--output {args.output}: the weights that are looked at would be lost")
-    with world(args.device, args.gpu) as current:
-        set_up(main=current.is_main)
-        network = load_model(path, current.device, config)
-        probe, patches = _probe(config, network, args, current)
-        found = probe.dead_units() if args.output is None else probe.revive(args.seed)
+    network = load_model(path, pick_device(args.device, args.gpu), config)
+    if args.output is not None and isinstance(network, PCSR) and network.classifier is not None:
+        raise UserError(
+            "--output: phase 1 starts from phase 0's weights, so new units in its own are lost: "
+            "name the phase 0 config, or set `revive` in that of phase 1"
+        )
+    probe = Probe(network, _batches(config, network, args))
+    found = probe.dead_units() if args.output is None else probe.revive(_SEED)
     for name, units in found.items():
         if units.any():
             print(f"{name:<32} {int(units.sum())} of {len(units)}")
-    print(f"{config.name} from {path}: {_count(found)} ReLU units are dead on {patches} patches")
+    print(f"{config.name} from {path}: {count(found)} are dead on {probe.patches} patches")
     if args.output is not None:
-        _write(args.output, path, config, network)
+        if any(units.any() for units in found.values()):
+            _write(args.output, path, config, network)
+        else:
+            print(f"{args.output} is not written: there is nothing to make new")
 
 
-def _probe(
-    config: Config, network: nn.Module, args: argparse.Namespace, world: World
-) -> tuple[Probe, int]:
-    """With at least as many patches as asked for, and how many these are."""
-    data = config.train_dataset
-    if data is None:
+def _batches(config: Config, network: nn.Module, args: argparse.Namespace) -> Iterator[Batch]:
+    """At least as many patches as asked for."""
+    if config.train_dataset is None:
         raise UserError("config: key `train_dataset` is missing: units are tried on its samples")
-    count = -(-args.patches // data.batch_size)
-    batches = TrainBatches(data, seed=args.seed, start=0, stop=count, world=world)
-    probe = Probe(network, batches.of(0, count))
+    data = replace(config.train_dataset, num_workers=0)
+    world = World(0, 1, next(network.parameters()).device)
+    stop = -(-args.patches // data.batch_size)
+    batches = TrainBatches(data, seed=_SEED, start=0, stop=stop, world=world)
+    for batch in batches:
+        check_scale(network, batch)
+        yield batch
     if batches.skipped.has_news():
         batches.skipped.report()
-    return probe, count * data.batch_size
 
 
 def _write(output: Path, source: Path, config: Config, network: nn.Module) -> None:
@@ -189,13 +115,15 @@ def _write(output: Path, source: Path, config: Config, network: nn.Module) -> No
     model = {"name": spec["name"], "args": dict(spec.get("args") or {}), "sd": state}
     output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(output, {"model": model, "iter": checkpoint.get("iter", 0)})
-    print(f"{output}: the same with new weights for these: start training from it with --init")
+    print(f"{output}: the same with new weights for them, to start training from (--init)")
 
 
-def _weights_file(text: str) -> Path:
+def _new_weights_file(text: str) -> Path:
     path = output_file(text)
     if path.suffix.lower() != ".pth":
         raise argparse.ArgumentTypeError(f"expected a name that ends in .pth, not `{text}`")
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{text} exists: name a new file")
     return path
 
 

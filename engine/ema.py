@@ -56,7 +56,10 @@ class Ema:
 
     @contextlib.contextmanager
     def jumping(self) -> Iterator[None]:
-        """Of what changes in the model while this is entered, the average is what it is then."""
+        """Of each weight that changes while this is entered, the average is the new value.
+
+        Where the weights' network stays as it was by that, the averages' may not.
+        """
         before = {name: value.clone() for name, value in self._live.items()}
         yield
         for name, value in self._live.items():

@@ -129,6 +129,10 @@ class Recorder:
                 self._write(iteration, key, values, tag, text)
                 if self._writer is not None and row.picture is not None:
                     self._writer.add_image(tag, row.picture, iteration, dataformats="HWC")
+        self.skip_time()
+
+    def skip_time(self) -> None:
+        """What was done since the last iteration does not count as training."""
         self._since = time.monotonic()
 
     def summary(self) -> str:

@@ -2,9 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from engine.optim import OPTIMIZERS, SCHEDULERS, WarmUp, load_optimizer
 from engine.start import Start
 from utils.checkpoint import load_phase0, load_weights, weights_for_inference
 from utils.config import Config
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +78,9 @@ class TrainState:
             self.ema.update(done)
         self.skipped = 0
 
-    def changed_by(self, change: Callable[[], T]) -> T:
-        """Call what changes weights otherwise; of what it changed, the average is the new value."""
-        if self.ema is None:
-            return change()
-        with self.ema.jumping():
-            return change()
+    def jumping(self) -> contextlib.AbstractContextManager[None]:
+        """Entered where something else than the optimizer changes weights: no average with old."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.jumping()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The weights to judge: the model has the averages while entered, where there are any."""

@@ -14,7 +14,6 @@ import models
 from engine.checkpoints import Checkpoints
 from engine.compiled import compiled
 from engine.data import Batch, TrainBatches, to_device, validation_sets
-from engine.dead_units import HINT_PATCHES, PATCHES, Probe, told
 from engine.divergence import Divergence, first_not_finite
 from engine.gradients import BatchGradients, Losses
 from engine.objectives import make_objective
@@ -31,6 +30,7 @@ from engine.train_checks import (
     check_validation_scales,
     required_sections,
 )
+from engine.unit_probe import HINT_PATCHES, PATCHES, Probe, told
 from engine.validation import validate
 from utils.config import Config
 from utils.distributed import (
@@ -183,6 +183,7 @@ class Trainer:
                 return 128 + found.signal_number
             if step in config.revive:
                 self._revive(step)
+                recorder.skip_time()
             losses = self._iterate(step, found.batch)
             done = step + 1
             recorder.add(losses, self.state.lr, found.data_s)
@@ -265,24 +266,28 @@ class Trainer:
 
     # Dead units
 
-    def _probe(self, start: int, stop: int) -> Probe:
-        """With the batches of these iterations."""
-        return together(lambda: Probe(self.model, self.samples.of(start, stop), trained_only=True))
-
     def _revive(self, step: int) -> None:
-        probe = self._probe(step, step + -(-PATCHES // self.data.batch_size))
-        with self.gradients.all_threads():
-            found = self.state.changed_by(lambda: probe.revive(self.start.seed + step))
-        logger.info("iteration %d: %s ReLU units were dead and start anew", step, told(found))
+        stop = step + -(-PATCHES // self.data.batch_size)
+        probe = together(lambda: Probe(self.model, self.samples.of(step, stop), trained_only=True))
+        with self.gradients.all_threads(), self.state.jumping():
+            found = probe.revive(self.start.seed + step)
+        logger.info("iteration %d: new weights for dead units: %s", step, told(found))
 
     def _tell_dead_units(self) -> None:
-        # Of samples that were seen: no damaged image is met at the very end.
+        """A hint, which nothing hangs on: where samples cannot be read again there is none."""
         end = self.config.iter_max
-        probe = self._probe(max(0, end - -(-HINT_PATCHES // self.data.batch_size)), end)
+        start = max(0, end - -(-HINT_PATCHES // self.data.batch_size))
+        try:
+            probe = Probe(self.model, self.samples.of(start, end), trained_only=True)
+        except UserError:
+            probe = None
+        if max_over_ranks([probe is None])[0]:
+            return
+        assert probe is not None
         with self.gradients.all_threads():
             found = probe.dead_units()
         if any(units.any() for units in found.values()):
-            logger.info("%s ReLU units are dead: see `revive` in the README", told(found))
+            logger.info("dead units, see `revive` in the README: %s", told(found))
 
     # Validation and checkpoints
 
@@ -349,6 +354,9 @@ class Trainer:
             self.config.iter_max,
         )
         l2_from = self.config.l2_from
+        late = [step for step in self.config.revive if step >= self.config.iter_max]
+        if late:
+            logger.warning("`revive`: %s not reached", ", ".join(map(str, late)))
         if l2_from is not None and l2_from >= self.config.iter_max:
             logger.warning(
                 "`l2_from: %d` is not reached: pixels are compared by L1 throughout", l2_from

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 Layer = nn.Conv2d | nn.Linear
 # A new unit may happen to be below zero everywhere, too.
-_MOST_ROUNDS = 8
+_MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class HasReluLayers(Protocol):
 
 
 def relu_layers(network: nn.Module) -> dict[str, ReluLayer]:
-    """All of a network whose readers are known, by the names of their producers.
+    """The hidden layers: all whose readers are known, by the names of their producers.
 
-    Where pixels are shuffled between a layer and its reader it is not among them.
+    Not among them are units with batch norm before their ReLU, those whose pixels are shuffled
+    before the next layer, and those of PReLU, which cannot die.
     """
     found = {}
     names = {module: name for name, module in network.named_modules()}
@@ -95,7 +96,8 @@ def _observed(layers: dict[str, ReluLayer], highest: dict[str, Tensor]) -> Itera
 
     def hook(name: str, axis: int) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            seen = output.detach().movedim(axis, 0).flatten(1).amax(1)
+            others = [dim for dim in range(output.dim()) if dim != axis % output.dim()]
+            seen = output.detach().amax(others)
             highest[name] = seen if name not in highest else torch.maximum(highest[name], seen)
 
         return keep
@@ -119,7 +121,7 @@ def revive(
 
     A unit's incoming weights are drawn from a normal distribution, at the length that those of the
     living units of its layer have in the middle; its bias is zero. What reads it starts with zeros.
-    Units still dead after that are drawn again, up to eight times.
+    Units still dead after that are drawn again, up to four times.
 
     Args:
         find: :func:`dead_units` of the network as it is then, of some layers or all.

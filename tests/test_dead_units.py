@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import models
 from engine import dead_units as command
-from engine.dead_units import Probe, told
+from engine.ema import Ema
 from engine.soap import Soap
+from engine.unit_probe import Probe, told
 from models.dead_units import dead_units, relu_layers, revive
 from models.pcsr import PCSR
 from tests.test_models import original, pcsr
@@ -46,7 +47,7 @@ def runner(network: nn.Module) -> Callable[[], None]:
     """Runs a network on a batch of pictures, a PCSR with all its upsamplers."""
     lr = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     batches = [{"lr": lr, "hr": torch.empty(2, 3, 32, 32)}]
-    return Probe(network, batches)._run
+    return Probe(network, batches).run
 
 
 def kill(network: nn.Module, name: str, units: list[int]) -> None:
@@ -140,11 +141,13 @@ def test_a_new_unit_learns(name: str) -> None:
         network.train().zero_grad()
         network(torch.rand(2, 3, 8, 8)).square().mean().backward()
         assert producer.weight.grad is not None
-        readers = [
-            reader.weight.grad[:, (first + 3) % reader.weight.shape[1]]
-            for reader, first in relu_layers(network)[name].readers
-            if reader.weight.grad is not None
-        ]
+        readers = []
+        for reader, first in relu_layers(network)[name].readers:
+            assert isinstance(reader, nn.Conv2d) and reader.weight.grad is not None
+            inputs = reader.weight.shape[1]
+            group, index = divmod(first + 3, inputs)
+            outputs = len(reader.weight) // (reader.in_channels // inputs)
+            readers.append(reader.weight.grad[group * outputs : (group + 1) * outputs, index])
         return float(producer.weight.grad[3].norm()), min(float(g.norm()) for g in readers)
 
     assert norms()[0] == 0
@@ -178,6 +181,80 @@ def test_nan_is_not_silence() -> None:
     lr[0, 0, 1, 1] = torch.nan
     found = dead_units(network, lambda: network(lr))
     assert not any(units.any() for units in found.values())
+
+
+def outputs_of(module: nn.Module, call: Callable[[], object]) -> list[Tensor]:
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda *found: outputs.append(found[2].clone()))
+    call()
+    handle.remove()
+    return outputs
+
+
+def test_the_mode_decides_what_batch_norm_does() -> None:
+    """In its first iterations a network's running statistics are not yet those of its batches."""
+    torch.manual_seed(0)
+    network = original("carn", 4).train()
+    lr = torch.rand(8, 3, 16, 16)
+    probe = Probe(network, [{"lr": lr, "hr": torch.empty(8, 3, 64, 64)}])
+    for name, units in probe.dead_units().items():
+        layer = relu_layers(network)[name]
+        with torch.no_grad():
+            outputs = outputs_of(layer.observed, lambda: network(lr))
+        highest = torch.stack([output.amax((0, 2, 3)) for output in outputs]).amax(0)
+        assert torch.equal(units, highest <= 0), name
+    before = network(lr).detach()
+    kill(network, "b2.b1.body.2", [1, 2])
+    killed = network(lr).detach()
+    assert not torch.allclose(before, killed)
+    probe.revive(0)
+    torch.testing.assert_close(network(lr).detach(), killed, rtol=0, atol=1e-5)
+
+
+def test_only_units_that_were_dead_are_drawn() -> None:
+    torch.manual_seed(0)
+    network = original("srresnet", 4).eval()
+    kill(network, "recon_trunk.0.conv1", [2])
+    run = runner(network)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    revive(network, functools.partial(dead_units, network, run))
+    changed = {k for k, value in network.state_dict().items() if not torch.equal(value, before[k])}
+    assert changed == {f"recon_trunk.0.{n}" for n in ("conv1.weight", "conv1.bias", "conv2.weight")}
+    moved = (network.state_dict()["recon_trunk.0.conv1.weight"] != before[sorted(changed)[1]]).any(
+        dim=(1, 2, 3)
+    )
+    assert moved.nonzero().flatten().tolist() == [2]
+
+
+def test_of_weights_that_stay_the_average_stays() -> None:
+    network = original("srresnet", 4)
+    ema = Ema(network, 0.5)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(1)
+    kept = {key: value.clone() for key, value in ema.state_dict().items()}
+    with ema.jumping():
+        kill(network, "recon_trunk.0.conv1", [2])
+    for key, value in ema.state_dict().items():
+        jumped = (value != kept[key]).nonzero().tolist()
+        assert jumped == ([[2]] if key == "recon_trunk.0.conv1.bias" else []), key
+    assert ema.state_dict()["recon_trunk.0.conv1.bias"][2] == KILL
+
+
+def test_no_random_number_of_the_run_is_used() -> None:
+    network = pcsr(2)
+    kill(network, "light_sampler.imnet.layers.0", [0])
+    before = torch.get_rng_state()
+    batches = [{"lr": torch.zeros(2, 3, 8, 8), "hr": torch.empty(2, 3, 32, 32)}]
+    Probe(network, batches).revive(1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_whole_images_are_read_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.unit_probe._MOST_PIXELS", 200)
+    batch = {"lr": torch.rand(1, 3, 8, 16), "hr": torch.empty(1, 3, 32, 64)}
+    assert Probe(original("srresnet", 4), [batch] * 5).patches == 2
+    assert Probe(original("fsrcnn", 4), [batch] * 5).patches == 0, "there is nothing to look at"
 
 
 # In training
@@ -223,12 +300,40 @@ def test_what_is_dead_is_told(
     caplog.clear()
     run(make_config("carn", pictures, iter_max=2), tmp_path / "left", init=str(dead))
     (hint,) = [line for line in caplog.messages if "`revive`" in line]
-    assert "b3.b1.body.2 2" in hint and "of 576" in hint
+    assert "b3.b1.body.2 2" in hint and "of 576 hidden ReLU units" in hint
     caplog.clear()
     config = make_config("carn", pictures, iter_max=2, revive=[1])
     run(config, tmp_path / "revived", init=str(dead))
-    (line,) = [line for line in caplog.messages if "start anew" in line]
+    (line,) = [line for line in caplog.messages if "new weights" in line]
     assert line.startswith("iteration 1: ") and "b3.b1.body.2 2" in line
+    caplog.clear()
+    run(make_config("carn", pictures, iter_max=1, revive=[0, 1, 70]), tmp_path / "late")
+    assert "`revive`: 1, 70 not reached" in caplog.messages
+
+
+def test_phase_1_makes_new_what_it_trains(pictures: Path, tmp_path: Path) -> None:
+    run(make_config("carn-phase0", pictures, iter_max=1), tmp_path / "phase0")
+    dead = tmp_path / "dead.pth"
+    source = tmp_path / "phase0" / "iter_last.pth"
+    with_dead_units(source, dead, "heavy_sampler.imnet.layers.2")
+    run(
+        make_config("carn-phase1", pictures, iter_max=1, revive=[0]), tmp_path / "1", init=str(dead)
+    )
+    state = checkpoint_of(tmp_path / "1")["model"]["sd"]
+    kept = load_checkpoint(dead)["model"]["sd"]
+    assert all(torch.equal(state[k], kept[k]) for k in kept if not k.endswith("tracked"))
+
+
+def test_a_run_that_has_ended_does_not_fail_for_a_hint(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> object:
+        raise UserError("the samples are gone")
+
+    monkeypatch.setattr("engine.data.TrainBatches.of", gone)
+    assert run(make_config("carn", pictures, iter_max=1), tmp_path / "run") == 0
+    with pytest.raises(UserError, match="gone"):
+        run(make_config("carn", pictures, iter_max=1, revive=[0]), tmp_path / "other")
 
 
 def test_batch_norm_and_mode_stay_as_they_were() -> None:
@@ -248,8 +353,8 @@ def test_iterations_that_cannot_be_are_refused(pictures: Path) -> None:
 def test_words_name_the_three_worst_layers() -> None:
     flags = torch.tensor([True, False, True, True])
     found = {"a": ~flags, "b": flags, "c": flags & False, "d": flags | True, "e": flags}
-    assert told(found) == "11 of 20 (d 4, b 3, e 3, 1 more layers)"
-    assert told({"c": flags & False}) == "0 of 4"
+    assert told(found) == "11 of 20 hidden ReLU units: d 4, b 3, e 3, 1 elsewhere"
+    assert told({"c": flags & False}) == "0 of 4 hidden ReLU units"
 
 
 # The command
@@ -287,13 +392,14 @@ def test_command_counts_and_writes_weights_that_make_the_same_pictures(
     *layers, total = capsys.readouterr().out.splitlines()
     assert layers[0].split() == ["b1.b1.body.0", "2", "of", "64"]
     count = sum(int(line.split()[1]) for line in layers)
-    assert total == f"carn from {weights}: {count} of 576 ReLU units are dead on 32 patches"
+    assert total == f"carn from {weights}: {count} of 576 hidden ReLU units are dead on 32 patches"
     new = tmp_path / "new" / "revived.pth"
     words += ["--patches", "8"]
     assert call(monkeypatch, *words, "--output", new) == 0
     words[3] = new
-    assert call(monkeypatch, *words) == 0
-    assert "0 of 576 ReLU units are dead" in capsys.readouterr().out
+    assert call(monkeypatch, *words, "--output", tmp_path / "again.pth") == 0
+    assert "0 of 576 hidden ReLU units are dead" in capsys.readouterr().out
+    assert not (tmp_path / "again.pth").exists(), "nothing was dead any more"
     networks = []
     for path in (weights, new):
         checkpoint = load_checkpoint(path)
@@ -310,7 +416,8 @@ def test_command_counts_and_writes_weights_that_make_the_same_pictures(
     ("words", "message"),
     [
         (["--output", "revived.yaml"], "a name that ends in .pth"),
-        (["--output", "{weights}"], "would be lost"),
+        (["--output", "{weights}"], "exists: name a new file"),
+        (["--set", "train_dataset.wrapper.args.scale=[3,3]"], "scale"),
         (["--patches", "0"], "--patches"),
         (["--set", "train_dataset=null"], "`train_dataset` is missing"),
     ],
@@ -331,10 +438,8 @@ def test_command_refuses(
 # The optimiser that weights are trained on with afterwards
 
 
-def test_soap_begins_with_covariances_that_float32_cannot_diagonalise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A third of a layer without gradient, as dead units leave it: LAPACK has failed on such."""
+def test_soap_finds_its_first_eigenvectors_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two thirds of a layer had no gradient, LAPACK's did not converge in float32."""
     asked = []
     eigh = torch.linalg.eigh
 
