@@ -1,38 +1,17 @@
 """Units that are silent for good: found, told, and made new without a change of the output."""
 
 import functools
-import logging
-import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import models
-from engine import dead_units as command
 from engine.ema import Ema
-from engine.soap import Soap
 from engine.unit_probe import Probe, told
 from models.dead_units import dead_units, relu_layers, revive
 from models.pcsr import PCSR
 from tests.test_models import original, pcsr
-from tests.training import (
-    SOAP,
-    checkpoint_of,
-    differences,
-    make_config,
-    model_spec,
-    raw_config,
-    run,
-    stop_at,
-    with_dead_units,
-)
-from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from utils.cli import run as run_command
-from utils.config import dump_yaml
-from utils.errors import UserError
 
 # Layers, and units in all, of the small networks of tests/test_models.py.
 ORIGINALS = {"fsrcnn": (0, 0), "carn": (9, 72), "srresnet": (2, 16), "rcan": (4, 20)}
@@ -257,85 +236,6 @@ def test_whole_images_are_read_as_far_as_needed(monkeypatch: pytest.MonkeyPatch)
     assert Probe(original("fsrcnn", 4), [batch] * 5).patches == 0, "there is nothing to look at"
 
 
-# In training
-
-
-@pytest.fixture(autouse=True)
-def few_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.trainer.PATCHES", 16)
-
-
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_a_run_that_revives_resumes_to_the_bit(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
-) -> None:
-    run(make_config("carn", pictures, iter_max=1), tmp_path / "before")
-    dead = tmp_path / "dead.pth"
-    with_dead_units(tmp_path / "before" / "iter_last.pth", dead)
-    config = make_config("carn", pictures, iter_max=5, revive=[0, 3], optimizer=SOAP, ema=ema)
-    assert run(config, tmp_path / "straight", init=str(dead)) == 0
-    # The signal comes in iteration 2, so that the units of 3 are looked for after the resumption.
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2, signal.SIGTERM)
-        assert run(config, tmp_path / "resumed", init=str(dead)) == 143
-    assert run(config, tmp_path / "resumed") == 0
-    straight, resumed = (checkpoint_of(tmp_path / name) for name in ("straight", "resumed"))
-    assert not differences(straight, resumed)
-    never = make_config("carn", pictures, iter_max=5, optimizer=SOAP, ema=ema)
-    assert run(never, tmp_path / "never", init=str(dead)) == 0
-    bias = "b1.b1.body.0.bias"
-    assert (checkpoint_of(tmp_path / "never")["model"]["sd"][bias][:2] < -900).all()
-    assert (straight["model"]["sd"][bias][:2].abs() < 1).all()
-    if ema is not None:
-        assert (straight["ema"]["sd"][bias][:2].abs() < 1).all(), "of units of old, no average"
-
-
-def test_what_is_dead_is_told(
-    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, fresh_logging: None
-) -> None:
-    caplog.set_level(logging.INFO)
-    run(make_config("carn", pictures, iter_max=1), tmp_path / "before")
-    dead = tmp_path / "dead.pth"
-    with_dead_units(tmp_path / "before" / "iter_last.pth", dead, "b3.b1.body.2")
-    caplog.clear()
-    run(make_config("carn", pictures, iter_max=2), tmp_path / "left", init=str(dead))
-    (hint,) = [line for line in caplog.messages if "`revive`" in line]
-    assert "b3.b1.body.2 2" in hint and "of 576 hidden ReLU units" in hint
-    caplog.clear()
-    config = make_config("carn", pictures, iter_max=2, revive=[1])
-    run(config, tmp_path / "revived", init=str(dead))
-    (line,) = [line for line in caplog.messages if "new weights" in line]
-    assert line.startswith("iteration 1: ") and "b3.b1.body.2 2" in line
-    caplog.clear()
-    run(make_config("carn", pictures, iter_max=1, revive=[0, 1, 70]), tmp_path / "late")
-    assert "`revive`: 1, 70 not reached" in caplog.messages
-
-
-def test_phase_1_makes_new_what_it_trains(pictures: Path, tmp_path: Path) -> None:
-    run(make_config("carn-phase0", pictures, iter_max=1), tmp_path / "phase0")
-    dead = tmp_path / "dead.pth"
-    source = tmp_path / "phase0" / "iter_last.pth"
-    with_dead_units(source, dead, "heavy_sampler.imnet.layers.2")
-    run(
-        make_config("carn-phase1", pictures, iter_max=1, revive=[0]), tmp_path / "1", init=str(dead)
-    )
-    state = checkpoint_of(tmp_path / "1")["model"]["sd"]
-    kept = load_checkpoint(dead)["model"]["sd"]
-    assert all(torch.equal(state[k], kept[k]) for k in kept if not k.endswith("tracked"))
-
-
-def test_a_run_that_has_ended_does_not_fail_for_a_hint(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gone(*_: object) -> object:
-        raise UserError("the samples are gone")
-
-    monkeypatch.setattr("engine.data.TrainBatches.of", gone)
-    assert run(make_config("carn", pictures, iter_max=1), tmp_path / "run") == 0
-    with pytest.raises(UserError, match="gone"):
-        run(make_config("carn", pictures, iter_max=1, revive=[0]), tmp_path / "other")
-
-
 def test_batch_norm_and_mode_stay_as_they_were() -> None:
     network = original("carn", 4).train()
     state = {key: value.clone() for key, value in network.state_dict().items()}
@@ -344,112 +244,8 @@ def test_batch_norm_and_mode_stay_as_they_were() -> None:
     assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
 
 
-def test_iterations_that_cannot_be_are_refused(pictures: Path) -> None:
-    for value in ([-1], [1.5], 3, ["a"]):
-        with pytest.raises(UserError, match="`revive` must be"):
-            make_config("carn", pictures, revive=value)
-
-
 def test_words_name_the_three_worst_layers() -> None:
     flags = torch.tensor([True, False, True, True])
     found = {"a": ~flags, "b": flags, "c": flags & False, "d": flags | True, "e": flags}
     assert told(found) == "11 of 20 hidden ReLU units: d 4, b 3, e 3, 1 elsewhere"
     assert told({"c": flags & False}) == "0 of 4 hidden ReLU units"
-
-
-# The command
-
-
-@pytest.fixture
-def files(pictures: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A config, and weights of its model with two dead units."""
-    config = tmp_path / "carn.yaml"
-    config.write_text(dump_yaml(raw_config("carn", pictures)), encoding="utf-8")
-    torch.manual_seed(0)
-    spec = model_spec("carn")
-    model = {**spec, "sd": models.make(spec).state_dict()}
-    save_checkpoint(tmp_path / "whole.pth", {"model": model, "iter": 7})
-    with_dead_units(tmp_path / "whole.pth", tmp_path / "dead.pth")
-    return config, tmp_path / "dead.pth"
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["dead_units", "--device", "cpu", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        run_command(command.main)
-    return int(end.value.code or 0)
-
-
-def test_command_counts_and_writes_weights_that_make_the_same_pictures(
-    files: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    config, weights = files
-    words = ["--config", config, "--weights", weights]
-    assert call(monkeypatch, *words, "--patches", "30") == 0
-    *layers, total = capsys.readouterr().out.splitlines()
-    assert layers[0].split() == ["b1.b1.body.0", "2", "of", "64"]
-    count = sum(int(line.split()[1]) for line in layers)
-    assert total == f"carn from {weights}: {count} of 576 hidden ReLU units are dead on 32 patches"
-    new = tmp_path / "new" / "revived.pth"
-    words += ["--patches", "8"]
-    assert call(monkeypatch, *words, "--output", new) == 0
-    words[3] = new
-    assert call(monkeypatch, *words, "--output", tmp_path / "again.pth") == 0
-    assert "0 of 576 hidden ReLU units are dead" in capsys.readouterr().out
-    assert not (tmp_path / "again.pth").exists(), "nothing was dead any more"
-    networks = []
-    for path in (weights, new):
-        checkpoint = load_checkpoint(path)
-        network = models.make(checkpoint["model"]).eval()
-        load_weights(network, checkpoint["model"]["sd"], path)
-        networks.append(network)
-    lr = torch.rand(1, 3, 9, 11)
-    with torch.no_grad():
-        assert abs(networks[0](lr) - networks[1](lr)).max() < 0.01
-    assert checkpoint["iter"] == 0 and checkpoint["model"]["name"] == "carn"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--output", "revived.yaml"], "a name that ends in .pth"),
-        (["--output", "{weights}"], "exists: name a new file"),
-        (["--set", "train_dataset.wrapper.args.scale=[3,3]"], "scale"),
-        (["--patches", "0"], "--patches"),
-        (["--set", "train_dataset=null"], "`train_dataset` is missing"),
-    ],
-)
-def test_command_refuses(
-    words: list[str],
-    message: str,
-    files: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    config, weights = files
-    words = [word.format(weights=weights) for word in words]
-    assert call(monkeypatch, "--config", config, "--weights", weights, *words) == 2
-    assert message in capsys.readouterr().err
-
-
-# The optimiser that weights are trained on with afterwards
-
-
-def test_soap_finds_its_first_eigenvectors_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where two thirds of a layer had no gradient, LAPACK's did not converge in float32."""
-    asked = []
-    eigh = torch.linalg.eigh
-
-    def note(matrix: Tensor) -> object:
-        asked.append(matrix.dtype)
-        return eigh(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", note)
-    weight = nn.Parameter(torch.randn(6, 4, 3, 3))
-    weight.grad = torch.randn_like(weight) * 1e-5
-    weight.grad[:2] = 0
-    Soap([weight], lr=1e-3).step()
-    assert asked and set(asked) == {torch.float64}

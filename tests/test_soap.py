@@ -341,3 +341,20 @@ def test_weights_without_a_gradient_stay() -> None:
     optimizer.step()
     assert torch.equal(weights(optimizer)[0], before[0])
     assert not torch.equal(weights(optimizer)[1], before[1])
+
+
+def test_soap_finds_its_first_eigenvectors_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two thirds of a layer had no gradient, LAPACK's did not converge in float32."""
+    asked = []
+    eigh = torch.linalg.eigh
+
+    def note(matrix: Tensor) -> object:
+        asked.append(matrix.dtype)
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", note)
+    weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+    weight.grad = torch.randn_like(weight) * 1e-5
+    weight.grad[:2] = 0
+    Soap([weight], lr=1e-3).step()
+    assert asked and set(asked) == {torch.float64}
