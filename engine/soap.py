@@ -23,6 +23,10 @@ from utils.errors import UserError
 
 # Elements of the weights that are moved together on a CPU, whose cache their states have to fit.
 _MOST_ON_CPU = 1 << 16
+# Times the type's precision times a gradient's norm. With rank 1 in 64 x 64, the same gradient a
+# dozen times over: beside it goes 69 times the step along it without, 0.61 of it with 1, 0.07 with
+# 10. FSRCNN trained from scratch with 1 to 80 is level, and with 800 loses.
+_ROUNDING = 10
 
 _Alike = tuple[nn.Parameter, ...]
 _State = dict[str, Tensor]
@@ -37,7 +41,8 @@ class Soap(torch.optim.Optimizer):
     state of a CARN takes 7 times the memory of its weights, where Adam's takes 2.
 
     Where an axis is longer than all others together, some of its first eigenvectors are arbitrary:
-    rounding decides. Processes that train together must compute alike, on the same hardware with
+    rounding decides. To the root of the squares is added, beside `eps`, what rounding can make of a
+    gradient's norm: elements that hold nothing else hardly move. Processes that train together must compute alike, on the same hardware with
     the same libraries, as nothing but their gradients is made equal.
 
     Args:
@@ -181,10 +186,23 @@ def _steps(state: _State, gradients: Tensor, group: Mapping[str, Any]) -> Tensor
     beta1, beta2 = group["betas"]
     means = state["exp_avg"].lerp_(gradients, 1 - beta1)
     squares = state["exp_avg_sq"].lerp_(_turn(gradients, bases).square(), 1 - beta2)
-    roots = (squares / (1 - beta2**count)).sqrt_().add_(group["eps"])
+    roots = (squares / (1 - beta2**count)).sqrt_()
+    roots += group["eps"] + _rounding(roots, bases)
     steps = _turn(_turn(means, bases) / roots, bases, back=True)
     _follow(state, gradients, group, is_due=count % group["precondition_frequency"] == 0)
     return steps * (group["lr"] / (1 - beta1**count))
+
+
+def _rounding(roots: Tensor, bases: Sequence[Tensor | None]) -> Tensor | float:
+    """A bound of what rounding leaves in elements of turned gradients that would be zero: (N, 1, ...).
+
+    Adam moves every element by the rate, however small its gradients are: where these are of less
+    than full rank, it would move by noise of rounding, at once and in all directions.
+    """
+    if not any(basis is not None for basis in bases):
+        return 0.0
+    norms = torch.linalg.vector_norm(roots, dim=tuple(range(1, roots.dim())), keepdim=True)
+    return norms * (_ROUNDING * torch.finfo(roots.dtype).eps)
 
 
 def _follow(state: _State, gradients: Tensor, group: Mapping[str, Any], *, is_due: bool) -> None:

@@ -182,11 +182,12 @@ def test_eigenvectors_follow_the_covariance() -> None:
     assert (correlation - torch.eye(5)).abs().max() < 0.15
 
 
-def test_a_badly_conditioned_problem_takes_fewer_steps_than_adams() -> None:
-    """Least squares in coordinates that mix rates of 1 to 1000."""
+@pytest.mark.parametrize("seed", range(6))
+def test_a_badly_conditioned_problem_takes_fewer_steps_than_adams(seed: int) -> None:
+    """Least squares in coordinates that mix rates of 1 to 1000; half the gradients' rank is free."""
 
     def error_after(optimizer_of: Any) -> float:
-        generator = torch.Generator().manual_seed(4)
+        generator = torch.Generator().manual_seed(seed)
         turn = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
         inputs = turn * torch.logspace(0, 1.5, 16)
         goal = torch.randn(8, 16, generator=generator)
@@ -200,7 +201,25 @@ def test_a_badly_conditioned_problem_takes_fewer_steps_than_adams() -> None:
         return float(((weight.detach() - goal) @ inputs).square().mean())
 
     adam = error_after(lambda params: torch.optim.Adam(params, lr=0.05, betas=(0.95, 0.95)))
-    assert error_after(lambda params: Soap(params, 0.05)) < 0.1 * adam
+    assert error_after(lambda params: Soap(params, 0.05)) < 0.2 * adam
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (64, 64)])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_what_gradients_hold_nothing_of_hardly_moves(shape: tuple[int, int], size: float) -> None:
+    """The same gradient of rank 1 each time: beside it is nothing but noise of rounding."""
+    generator = torch.Generator().manual_seed(1)
+    gradient = size * torch.outer(*(torch.randn(n, generator=generator) for n in shape))
+    optimizer = make(shape, eps=1e-30)
+    (weight,) = weights(optimizer)
+    before = weight.detach().clone()
+    for _ in range(12):
+        weight.grad = gradient.clone()
+        optimizer.step()
+    moved, along = weight.detach() - before, gradient / gradient.norm()
+    share = (moved * along).sum()
+    assert share < 0
+    assert (moved - share * along).norm() < 0.15 * share.abs()
 
 
 def test_a_saved_state_goes_on_to_the_last_bit() -> None:

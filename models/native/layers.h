@@ -21,7 +21,7 @@ ALWAYS_INLINE void tile(
         vec in[VECTORS];
         for (int n = 0; n < VECTORS; n++) in[n] = *(const vec *)(x + n * LANES);
         for (int o = 0; o < count; o++)
-            for (int n = 0; n < VECTORS; n++) sum[o][n] += weight[o] * in[n];
+            for (int n = 0; n < VECTORS; n++) sum[o][n] = multiply_add(weight[o], in[n], sum[o][n]);
     }
     for (int o = 0; o < count; o++)
         for (int n = 0; n < VECTORS; n++)

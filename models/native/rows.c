@@ -153,7 +153,8 @@ ALWAYS_INLINE void sums(const int count, const int vectors, const Step *step, in
                     for (int n = 0; n < vectors; n++)
                         in[n] = *(const unaligned_vec *)(from + dx + n * LANES);
                     for (int o = 0; o < count; o++)
-                        for (int n = 0; n < vectors; n++) sum[o][n] += weight[o] * in[n];
+                        for (int n = 0; n < vectors; n++)
+                            sum[o][n] = multiply_add(weight[o], in[n], sum[o][n]);
                 }
         }
     }

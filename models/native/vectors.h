@@ -6,6 +6,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 /* TILE outputs by VECTORS vectors of pixels are summed at once: of the registers, so many hold
  * sums; the others hold a vector of each kind of pixels and a weight. */
@@ -25,6 +30,21 @@ typedef float unaligned_vec __attribute__((vector_size(VECTOR_BYTES), aligned(4)
 typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES)));
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* weight * x + sum, rounded once where the processor can. By name: a compiler that is left to make one
+ * of a product and a sum may do so in the tile of one width and not in that of another, and a pixel's
+ * value would depend on where the image is divided. */
+ALWAYS_INLINE vec multiply_add(float weight, vec x, vec sum) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps(_mm512_set1_ps(weight), (__m512)x, (__m512)sum);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps(_mm256_set1_ps(weight), (__m256)x, (__m256)sum);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_n_f32((float32x4_t)sum, (float32x4_t)x, weight);
+#else
+    return weight * x + sum;
+#endif
+}
 
 static inline vec relu(vec v) {
     /* nan is not below zero and stays. */
