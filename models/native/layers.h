@@ -19,7 +19,10 @@ ALWAYS_INLINE void tile(
         for (int n = 0; n < VECTORS; n++) sum[o][n] = (vec){0} + (bias ? bias[o] : 0.0f);
     for (int32_t c = 0; c < inputs; c++, x += x_stride, weight += count) {
         vec in[VECTORS];
-        for (int n = 0; n < VECTORS; n++) in[n] = *(const vec *)(x + n * LANES);
+        for (int n = 0; n < VECTORS; n++) {
+            in[n] = *(const vec *)(x + n * LANES);
+            IN_REGISTER(in[n]);
+        }
         for (int o = 0; o < count; o++)
             for (int n = 0; n < VECTORS; n++) sum[o][n] = multiply_add(weight[o], in[n], sum[o][n]);
     }

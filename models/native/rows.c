@@ -150,8 +150,10 @@ ALWAYS_INLINE void sums(const int count, const int vectors, const Step *step, in
             for (int32_t c = 0; c < channels; c++, from += stride)
                 for (int32_t dx = 0; dx < size; dx++, weight += count) {
                     vec in[VECTORS];
-                    for (int n = 0; n < vectors; n++)
+                    for (int n = 0; n < vectors; n++) {
                         in[n] = *(const unaligned_vec *)(from + dx + n * LANES);
+                        IN_REGISTER(in[n]);
+                    }
                     for (int o = 0; o < count; o++)
                         for (int n = 0; n < vectors; n++)
                             sum[o][n] = multiply_add(weight[o], in[n], sum[o][n]);

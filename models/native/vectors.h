@@ -46,6 +46,14 @@ ALWAYS_INLINE vec multiply_add(float weight, vec x, vec sum) {
 #endif
 }
 
+/* Keeps a vector in a register. With few of them, GCC would rather read memory again in each
+ * multiply_add, and then reading takes longer than adding. */
+#if defined(__AVX__) && !defined(__AVX512F__)
+#define IN_REGISTER(v) __asm__("" : "+x"(v))
+#else
+#define IN_REGISTER(v) ((void)0)
+#endif
+
 static inline vec relu(vec v) {
     /* nan is not below zero and stays. */
     return (vec)((ivec)v & ~(ivec)(v < (vec){0}));
