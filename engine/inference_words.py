@@ -8,6 +8,7 @@ from engine.budget import Budget, BudgetPlan, OriginalCost
 from engine.engines import ENGINES
 from models.reference import PIXEL_BATCH_SIZE
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing, check_adaptive
+from utils.atomic import is_device
 from utils.cli import finite_float, positive_int
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES
@@ -152,7 +153,9 @@ def output_file(text: str) -> Path:
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
-    if not text or path.is_dir():
+    if is_device(path):
+        raise argparse.ArgumentTypeError(f"`{text}` is a device or a pipe: name a file")
+    if text in ("", "-") or path.is_dir():
         raise argparse.ArgumentTypeError(f"`{text}` is no file name")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {path}: {folder} is not a writable folder")
@@ -160,6 +163,8 @@ def output_file(text: str) -> Path:
 
 
 def _json_file(text: str) -> Path:
+    if is_device(path := Path(text)):
+        return path
     path = output_file(text)
     if path.suffix.lower() in _NOT_JSON:
         raise argparse.ArgumentTypeError(f"`{text}` is the name of another kind of file")

@@ -13,7 +13,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
-from engine.validation import ValidationRow
+from engine.validation import BY_CLASSIFIER, ValidationRow
 from utils.atomic import write_text
 from utils.metrics import json_number
 from utils.run_metrics import (
@@ -121,9 +121,10 @@ class Recorder:
                 }
                 text = (
                     f"iteration {iteration}/{self._end}: validation x{scale:g} {row.name}: "
-                    f"{row.psnr:.3f} dB, {row.gflops:.2f} GFLOPs (paper), "
-                    f"{100 * row.heavy_share:.1f} % heavy"
+                    f"{row.psnr:.3f} dB, {row.gflops:.2f} GFLOPs (paper)"
                 )
+                if row.name == BY_CLASSIFIER:  # else all, or there is nothing to choose from
+                    text += f", {100 * row.heavy_share:.1f} % heavy"
                 key = {"kind": "valid", "scale": scale, "name": row.name}
                 tag = f"valid_x{scale:g}_{row.name}"
                 self._write(iteration, key, values, tag, text)

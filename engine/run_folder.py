@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,19 @@ CONFIG_NAME = "config.yaml"
 _NO_SPEC = {"name": None, "args": None}
 
 logger = logging.getLogger(__name__)
+
+
+def check_place(save_dir: Path) -> None:
+    """Refuse a folder that cannot be one, before any work is done. Nothing is made.
+
+    Raises:
+        UserError: it is a file, or it or the folder to make it in cannot be written.
+    """
+    there = next(path for path in (save_dir, *save_dir.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--save_dir {save_dir}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--save_dir {save_dir}: {there} cannot be written")
 
 
 def open_folder(save_dir: Path, config: Config, start: Start) -> None:

@@ -41,9 +41,10 @@ class Soap(torch.optim.Optimizer):
     state of a CARN takes 7 times the memory of its weights, where Adam's takes 2.
 
     Where an axis is longer than all others together, some of its first eigenvectors are arbitrary:
-    rounding decides. To the root of the squares is added, beside `eps`, what rounding can make of a
-    gradient's norm: elements that hold nothing else hardly move. Processes that train together must compute alike, on the same hardware with
-    the same libraries, as nothing but their gradients is made equal.
+    rounding decides. Processes that train together must compute alike, on the same hardware with
+    the same libraries, as nothing but their gradients is made equal. To the root of the squares is
+    added, beside `eps`, what rounding can make of a gradient's norm: elements that hold nothing
+    else hardly move.
 
     Args:
         params: what to train.
@@ -194,7 +195,7 @@ def _steps(state: _State, gradients: Tensor, group: Mapping[str, Any]) -> Tensor
 
 
 def _rounding(roots: Tensor, bases: Sequence[Tensor | None]) -> Tensor | float:
-    """A bound of what rounding leaves in elements of turned gradients that would be zero: (N, 1, ...).
+    """A bound of what rounding leaves in elements of turned gradients that are zero: (N, 1, ...).
 
     Adam moves every element by the rate, however small its gradients are: where these are of less
     than full rank, it would move by noise of rounding, at once and in all directions.

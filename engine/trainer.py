@@ -19,7 +19,7 @@ from engine.gradients import BatchGradients, Losses
 from engine.objectives import make_objective
 from engine.pixel_loss import PixelLoss
 from engine.recorder import Recorder
-from engine.run_folder import open_folder
+from engine.run_folder import check_place, open_folder
 from engine.start import Start, TrainOptions, find_start, is_complete
 from engine.state import TrainState
 from engine.stop import StopSignal
@@ -75,6 +75,7 @@ def train(config: Config, options: TrainOptions, world: World) -> int:
     if on_main(lambda: is_complete(config, options, start)):
         logger.info("nothing to do: finished at iteration %d", start.iteration)
         return 0
+    on_main(lambda: check_place(options.save_dir))
     return Trainer(config, options, world, start).run()
 
 

@@ -23,7 +23,7 @@ from utils.distributed import World, gather_objects, together
 from utils.metrics import PsnrType, psnr
 
 # The row in which the classifier decides.
-_BY_CLASSIFIER = "k0"
+BY_CLASSIFIER = "k0"
 
 Restore = Callable[[Tensor, tuple[int, int]], Restored]
 
@@ -36,7 +36,7 @@ class ValidationRow:
         name: "sr" for models without a classifier; "k0" and "heavy" for those with one.
         psnr: mean PSNR in dB.
         gflops: mean GFLOPs in the paper's convention.
-        heavy_share: share of pixels that the heaviest upsampler computed.
+        heavy_share: share of pixels that the heaviest upsampler computed; 1 for an original.
         picture: of the first image, (.., .., 3) uint8, see `engine.validation_picture`.
     """
 
@@ -103,7 +103,7 @@ def _rank_figures(
             restored = restore(lr, (hr.shape[-2], hr.shape[-1]))
             picture = None
             if index == 0:
-                picture = panels(lr, restored, with_classes=name == _BY_CLASSIFIER)
+                picture = panels(lr, restored, with_classes=name == BY_CLASSIFIER)
             of_image.append(_figures(restored, lr, hr, psnr_type, picture))
         figures.append((index, of_image))
     return figures
@@ -117,7 +117,7 @@ def _restorers(model: nn.Module) -> dict[str, Restore]:
     if model.classifier is None:
         return {"sr": PcsrRestorer(model, FixedRouting(-1), refinement=False, checked=False)}
     return {
-        _BY_CLASSIFIER: PcsrRestorer(model, KRouting(0.0), refinement=False, checked=False),
+        BY_CLASSIFIER: PcsrRestorer(model, KRouting(0.0), refinement=False, checked=False),
         "heavy": PcsrRestorer(model, FixedRouting(-1), refinement=False, checked=False),
     }
 

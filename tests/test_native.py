@@ -214,12 +214,16 @@ def test_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @has_compiler
-def test_a_damaged_library_is_compiled_anew(fresh: Path) -> None:
-    fresh.mkdir(mode=0o700)
-    path = fresh / f"kernels-{compiler._fingerprint()}.so"
-    path.write_bytes(b"not a library")
+@pytest.mark.parametrize("kept", [0, 13, 5000, -1])
+def test_a_damaged_library_is_compiled_anew(fresh: Path, kept: int) -> None:
+    """Of one that has lost its end, the loader maps pages that a process dies of reading."""
+    compiler.load()
+    (path,) = fresh.iterdir()
+    whole = path.read_bytes()
+    path.unlink()  # not the file that this process has mapped
+    path.write_bytes(whole[:kept])
     assert compiler.load().tile > 0
-    assert path.stat().st_size > 1000
+    assert any(compiler._loaded(path) is not None for path in fresh.iterdir())
 
 
 @has_compiler
@@ -262,6 +266,21 @@ def test_cc_may_be_several_words_and_may_be_wrong(
     changed.write_text(changed.read_text() + "\n")
     compiler.load()
     assert len(list(fresh.iterdir())) == 2
+
+
+@has_compiler
+@pytest.mark.parametrize("named", ["'", "true", "false"])
+def test_a_cc_that_is_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """A quote that does not end, one that writes nothing, one that fails: the usual ones remain."""
+    monkeypatch.setenv("CC", named)
+    assert compiler.load().tile > 0
+
+
+def test_a_compiler_that_writes_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", str(shutil.which("true")))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"true does not compile them .it writes nothing"):
+        compiler.load()
 
 
 def test_without_a_compiler(

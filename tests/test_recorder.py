@@ -67,6 +67,17 @@ def test_scalars_pictures_and_summary_of_a_resumed_run(
     assert summary in caplog.messages
 
 
+def test_heavy_pixels_are_told_where_there_is_a_choice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rows = [ValidationRow(name, 30.0, 1.0, share) for name, share in (("sr", 1.0), ("k0", 0.25))]
+    with Recorder(tmp_path, start=0, end=4, batch_size=2) as recorder:
+        recorder.validation(1, [(4.0, rows)])
+    said = [line.partition(" dB, ")[2] for line in caplog.messages]
+    assert said == ["1.00 GFLOPs (paper)", "1.00 GFLOPs (paper), 25.0 % heavy"]
+
+
 def test_panels_show_the_centre_of_lr_sr_and_classes() -> None:
     """A wide image: 30x100 at x4 is 120x400, of which 192 columns are shown."""
     generator = torch.Generator().manual_seed(0)

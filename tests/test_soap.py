@@ -184,7 +184,7 @@ def test_eigenvectors_follow_the_covariance() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_badly_conditioned_problem_takes_fewer_steps_than_adams(seed: int) -> None:
-    """Least squares in coordinates that mix rates of 1 to 1000; half the gradients' rank is free."""
+    """Least squares in coordinates that mix rates of 1 to 1000; gradients are of half the rank."""
 
     def error_after(optimizer_of: Any) -> float:
         generator = torch.Generator().manual_seed(seed)

@@ -90,6 +90,17 @@ def test_damaged_picture_is_named_in_one_line(
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
 
+def test_a_folder_that_cannot_be_one_is_refused_before_any_image_is_read(tmp_path: Path) -> None:
+    """Nothing is made, and no picture is missed yet."""
+    config = check_config(raw_config("fsrcnn", tmp_path / "no pictures"), "fsrcnn-x4")
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "run"):
+        with pytest.raises(UserError, match=r"--save_dir .*: .*file is a file, not a folder"):
+            run(config, folder)
+    assert [file] == list(tmp_path.iterdir())
+
+
 def test_whole_images_of_different_sizes_need_inp_size(tmp_path: Path) -> None:
     folder = make_pictures(make_pictures(tmp_path / "p", count=5).parent / "p", 1, side=32)
     raw = raw_config("fsrcnn", folder)

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from utils.errors import UserError
+
 
 @contextlib.contextmanager
 def replace_file(
@@ -19,8 +21,13 @@ def replace_file(
     The content is flushed to the disk before the replacement (unless `sync` is false: for files
     that can be made again), so a crash or a full disk leaves the old file as it was. Missing
     parent folders are made. `first` is called once the new file is safe, before the old one goes.
+
+    Raises:
+        UserError: `path` is a device, a pipe or the like, which a file must not replace.
     """
     path = Path(path)
+    if is_device(path):
+        raise UserError(f"{path} is a device or a pipe: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -38,6 +45,13 @@ def replace_file(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_device(path: Path) -> bool:
+    """Whether it is no file that another one may replace; /dev/stdout is none, wherever it goes."""
+    folder = path.parent.resolve()
+    is_special = path.exists() and not path.is_file() and not path.is_dir()
+    return is_special or folder == Path("/dev") or Path("/proc") in (folder, *folder.parents)
 
 
 def keep_as(path: Path, name: Path) -> None:
@@ -63,7 +77,11 @@ def _temporary(path: Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically; to a device or a pipe, as such things are written to."""
+    if is_device(Path(path)):
+        with Path(path).open("w", encoding="utf-8") as file:
+            file.write(text)
+        return
     with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,15 +30,16 @@ def load() -> Library:
     Raises:
         UserError: there is no compiler, it fails, or there is no folder to keep the result in.
     """
-    name = f"kernels-{_fingerprint()}.so"
-    places = [folder / name for folder in _folders() if _is_ours(folder)]
-    for path in places:
-        if path.exists() and (kept := _loaded(path)) is not None:
-            return kept
+    prefix = f"kernels-{_fingerprint()}"
+    folders = [folder for folder in _folders() if _is_ours(folder)]
+    for folder in folders:
+        for path in folder.glob(f"{prefix}-*.so"):
+            if (kept := _loaded(path)) is not None:
+                return kept
     reason = "no folder of this user's own to keep them in"
-    for path in places:
+    for folder in folders:
         try:
-            _compile(path)
+            path = _compile(folder, prefix)
         except OSError as error:
             reason = one_line(error)
             continue
@@ -48,11 +50,21 @@ def load() -> Library:
 
 
 def _loaded(path: Path) -> Library | None:
-    """None where a file is damaged, or its file system lets nothing be executed."""
+    """None where a file is damaged, or its file system lets nothing be executed.
+
+    The name holds a digest of the content: the loader would map a file that has lost its end, and
+    the process die of the first read behind it.
+    """
     try:
-        return Library(path)
-    except UserError:
-        return None
+        if path.stem.rpartition("-")[2] == _digest(path):
+            return Library(path)
+    except (OSError, UserError):
+        pass
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _folders() -> Iterator[Path]:
@@ -94,30 +106,39 @@ def _processor() -> str:
 
 def _compilers() -> Iterator[list[str]]:
     """Commands to try: the one that CC names, then the usual ones."""
-    if named := shlex.split(os.environ.get("CC", "")):
-        yield named
+    with contextlib.suppress(ValueError):  # a quote that does not end
+        if named := shlex.split(os.environ.get("CC", "")):
+            yield named
     yield from ([name] for name in _COMPILERS if shutil.which(name))
 
 
-def _compile(path: Path) -> None:
-    """Compile to `path`, which appears whole or not at all.
+def _compile(folder: Path, prefix: str) -> Path:
+    """Compile into `folder`, where the library appears whole or not at all; returns its path.
 
     Raises:
         UserError: there is no compiler, or none compiles.
-        OSError: `path` cannot be written.
+        OSError: `folder` cannot be written.
     """
+    with tempfile.TemporaryDirectory() as work:
+        made = Path(work) / "kernels.so"
+        _compile_to(made)
+        path = folder / f"{prefix}-{_digest(made)}.so"
+        with replace_file(path) as temporary:
+            shutil.copyfile(made, temporary)
+            temporary.chmod(0o700)
+    return path
+
+
+def _compile_to(path: Path) -> None:
     reason = f"no C compiler ({', '.join(_COMPILERS)}) was found"
     sources = [str(source) for source in sorted(FOLDER.glob("*.c"))]
-    with replace_file(path) as temporary:
-        for compiler in _compilers():
-            for target in _TARGETS:
-                words = [*compiler, *_FLAGS, *target, *sources, "-o", str(temporary)]
-                failure = _failure(words)
-                if failure is None:
-                    temporary.chmod(0o700)
-                    return
-                reason = f"{compiler[0]} does not compile them ({failure})"
-        raise UserError(f"CPU kernels: {reason}")
+    for compiler in _compilers():
+        for target in _TARGETS:
+            failure = _failure([*compiler, *_FLAGS, *target, *sources, "-o", str(path)])
+            if failure is None and path.is_file():
+                return
+            reason = f"{compiler[0]} does not compile them ({failure or 'it writes nothing'})"
+    raise UserError(f"CPU kernels: {reason}")
 
 
 def _failure(words: list[str]) -> str | None:
