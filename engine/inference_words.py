@@ -1,14 +1,13 @@
 """The command-line words of everything that runs a PCSR model: test_pcsr.py and the demo."""
 
 import argparse
-import os
 from pathlib import Path
 
 from engine.budget import Budget, BudgetPlan, OriginalCost
 from engine.engines import ENGINES
 from models.reference import PIXEL_BATCH_SIZE
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing, check_adaptive
-from utils.atomic import is_device
+from utils.atomic import is_device, obstacle
 from utils.cli import finite_float, positive_int
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES
@@ -150,15 +149,12 @@ def check_exclusive(args: argparse.Namespace) -> None:
 def output_file(text: str) -> Path:
     """`type=` of an option that names a file to write: refused at once, not after all the work."""
     path = Path(text)
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
     if is_device(path):
         raise argparse.ArgumentTypeError(f"`{text}` is a device or a pipe: name a file")
     if text in ("", "-") or path.is_dir():
         raise argparse.ArgumentTypeError(f"`{text}` is no file name")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {path}: {folder} is not a writable folder")
+    if (there := obstacle(path.parent)) is not None:
+        raise argparse.ArgumentTypeError(f"cannot write {path}: {there} is not a writable folder")
     return path
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from engine.checkpoints import all_paths, later_paths
 from engine.recorder import METRICS_NAME
 from engine.start import Start
 from engine.state import scheduler_spec_of
-from utils.atomic import new_aside, write_text
+from utils.atomic import new_aside, obstacle, write_text
 from utils.config import Config, check_config, dump_yaml, load_raw
 from utils.errors import UserError
 from utils.log import add_file
@@ -30,11 +29,8 @@ def check_place(save_dir: Path) -> None:
     Raises:
         UserError: it is a file, or it or the folder to make it in cannot be written.
     """
-    there = next(path for path in (save_dir, *save_dir.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--save_dir {save_dir}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"--save_dir {save_dir}: {there} cannot be written")
+    if (there := obstacle(save_dir)) is not None:
+        raise UserError(f"--save_dir {save_dir}: {there} is not a writable folder")
 
 
 def open_folder(save_dir: Path, config: Config, start: Start) -> None:

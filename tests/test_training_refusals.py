@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_one_is_refused_before_any_image_is_read(tmp_pat
     file = tmp_path / "file"
     file.touch()
     for folder in (file, file / "run"):
-        with pytest.raises(UserError, match=r"--save_dir .*: .*file is a file, not a folder"):
+        with pytest.raises(UserError, match=r"--save_dir .*: .*file is not a writable folder"):
             run(config, folder)
     assert [file] == list(tmp_path.iterdir())
 

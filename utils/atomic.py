@@ -54,6 +54,12 @@ def is_device(path: Path) -> bool:
     return is_special or folder == Path("/dev") or Path("/proc") in (folder, *folder.parents)
 
 
+def obstacle(folder: Path) -> Path | None:
+    """What keeps a folder from being made, or written to: it, or the nearest that there is."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return None if there.is_dir() and os.access(there, os.W_OK) else there
+
+
 def keep_as(path: Path, name: Path) -> None:
     """Give the file at `path` the second name `name`, taking it from another file that has it.
 

@@ -31,9 +31,9 @@ typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BY
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* weight * x + sum, rounded once where the processor can. By name: a compiler that is left to make one
- * of a product and a sum may do so in the tile of one width and not in that of another, and a pixel's
- * value would depend on where the image is divided. */
+/* weight * x + sum, rounded once where the processor can. By name: a compiler that is left to make
+ * one of a product and a sum may do so in the tile of one width and not in that of another, and a
+ * pixel's value would depend on where the image is divided. */
 ALWAYS_INLINE vec multiply_add(float weight, vec x, vec sum) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps(_mm512_set1_ps(weight), (__m512)x, (__m512)sum);
