@@ -21,6 +21,7 @@ class Conventions:
         patch_size, step: of that crop and of the patches, in LR pixels.
         routing: the routing policy in words; None for original networks.
         refinement: borders between regions smoothed; None for original networks.
+        self_ensemble: the mean over flipped and turned copies.
     """
 
     scale: float
@@ -32,6 +33,7 @@ class Conventions:
     step: int = 28
     routing: str | None = None
     refinement: bool | None = None
+    self_ensemble: bool = False
 
     @property
     def border_px(self) -> int:
@@ -51,6 +53,7 @@ class Conventions:
             "step": self.step,
             "routing": self.routing,
             "refinement": self.refinement,
+            "self_ensemble": self.self_ensemble,
             "quantisation": "prediction clamped and rounded to 8 bits",
             "ssim": SSIM_CONVENTION,
             "mean": "mean of the images' figures",
@@ -72,4 +75,6 @@ class Conventions:
         if self.routing is not None:
             facts.append(f"routing {self.routing}")
             facts.append(f"refinement {'on' if self.refinement else 'off'}")
+        if self.self_ensemble:
+            facts.append("self-ensemble of 8")
         return "; ".join(facts)

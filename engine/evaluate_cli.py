@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from engine.inference_words import add_json_word, add_weights_word
 from engine.report import Table, circumstances, followed, foot, to_json, write_json
 from engine.restore import Patches
 from engine.samples import EvaluationSet, ImagePaths
+from engine.self_ensemble import SelfEnsemble
 from engine.sharing import PATIENCE, shared_out
 from models.patches import PATCH_BATCH_SIZE
 from utils.allocator import keep_freed_blocks
@@ -130,6 +131,12 @@ def make_parser(description: str, example: str) -> Parser:
         help="Channels of PSNR and SSIM. Default: the config's.",
     )
     parser.add_argument(
+        "--self_ensemble",
+        action="store_true",
+        help="Mean over the 8 flipped and turned copies of each image: better, at 8 times the "
+        "cost. Each copy is routed, and has its budget, on its own.",
+    )
+    parser.add_argument(
         "--bicubic", action="store_true", help="Also give the figures of bicubic enlargement."
     )
     add_weights_word(parser)
@@ -180,6 +187,8 @@ def _load(
     weights = args.weights or find_weights(Path("save") / config.name)
     request = Request(args, config, weights, device, _patches(args, config))
     subject = prepare(request)
+    if args.self_ensemble:
+        subject = replace(subject, restore=SelfEnsemble(subject.restore))
     if request.patches is not None:
         _check_scale(request.patches, subject.scale)
     conventions = _conventions(args, config, subject, has_lr=paths.lr is not None)
@@ -280,6 +289,7 @@ def _conventions(
         step=config.step,
         routing=subject.routing,
         refinement=subject.refinement,
+        self_ensemble=args.self_ensemble,
     )
 
 

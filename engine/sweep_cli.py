@@ -23,7 +23,7 @@ from utils.images import is_one_of, list_images
 from utils.plotting import check_plotting
 
 # What a sweep decides itself, or has no use for.
-_EXCLUDED = ("k", "adaptive", "upsampler", "budget", "bicubic")
+_EXCLUDED = ("k", "adaptive", "upsampler", "budget", "bicubic", "self_ensemble")
 
 
 def add_sweep_words(parser: argparse.ArgumentParser) -> None:

@@ -153,6 +153,21 @@ def test_words_of_test_pcsr(more, conventions, place, run, tmp_path) -> None:
         assert written["mean"]["shares"] == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("name", ["tiny-x4", "tiny-pcsr-phase1"])
+def test_self_ensemble_costs_eight_times_as_much(name, place, run, tmp_path) -> None:
+    command = words(place, name, "--per_image")
+    content = []
+    for more in ([], ["--self_ensemble"]):
+        code, output, _ = run([*command, *more, f"--json={tmp_path / 'f.json'}"])
+        assert (code, "self-ensemble of 8" in output) == (0, bool(more))
+        content.append(json.loads((tmp_path / "f.json").read_text()))
+    alone, together = content
+    assert together["conventions"] == {**alone["conventions"], "self_ensemble": True}
+    for one, eight in zip(alone["images"], together["images"], strict=True):
+        assert eight["flops_paper"] == pytest.approx(8 * one["flops_paper"], rel=0.02)
+        assert eight["psnr"] != one["psnr"] and len(eight["shares"]) == len(one["shares"])
+
+
 def test_phase_0_checkpoint_is_all_heavy(place, run, tmp_path) -> None:
     weights = place / "tiny-pcsr-phase0.pth"
     command = words(place, "tiny-pcsr-phase1", "--adaptive", "--per_image", weights=weights)

@@ -1,0 +1,174 @@
+"""``python -m engine.teach``: what it makes, goes on with, and refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import datasets
+import models
+from datasets.resize import imresize_uint8
+from engine import teach as command
+from engine.restore import OriginalRestorer, PcsrRestorer
+from engine.self_ensemble import SelfEnsemble
+from models.routing import FixedRouting
+from tests.training import make_pictures, raw_config
+from utils.checkpoint import save_checkpoint
+from utils.cli import run
+from utils.config import dump_yaml
+from utils.images import Picture, read_rgb, to_array, to_tensor, write_picture
+
+
+class Place:
+    """Photographs, one of them of an odd size, and a teacher of each kind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.photos = make_pictures(folder / "photos", count=4)
+        rgb = read_rgb(next(self.photos.iterdir()))
+        write_picture(self.photos / "odd.png", Picture(np.ascontiguousarray(rgb[:31, :27])))
+        self.output = folder / "taught"
+
+    def teacher(self, kind: str) -> torch.nn.Module:
+        config = raw_config(kind, self.photos)
+        (self.folder / f"{kind}.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        torch.manual_seed(0)
+        model = models.make(config["model"]).eval()
+        content = {"model": {**config["model"], "sd": model.state_dict()}, "iter": 7}
+        save_checkpoint(self.folder / f"{kind}.pth", content)
+        return model
+
+    def words(self, kind: str, *more: object) -> list[str]:
+        words = ["--config", self.folder / f"{kind}.yaml", "--hr_data", self.photos]
+        words += ["--weights", self.folder / f"{kind}.pth", "--output", self.output, *more]
+        return [*map(str, words), "--device", "cpu"]
+
+    def pairs(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        lr, sr = (self.output / name for name in ("lr", "sr"))
+        assert {path.name for path in lr.iterdir()} == {path.name for path in sr.iterdir()}
+        return {p.stem: (read_rgb(p), read_rgb(sr / p.name)) for p in sorted(lr.iterdir())}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> int:
+    monkeypatch.setattr("sys.argv", ["teach", *words])
+    with pytest.raises(SystemExit) as end:
+        run(command.main)
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("fsrcnn", 4), ("fsrcnn-phase1", 3)])
+def test_pairs_are_the_teachers_pictures_of_lr(
+    place: Place, kind: str, scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = place.teacher(kind)
+    words = ["--scale", 3] if kind == "fsrcnn-phase1" else []
+    assert call(monkeypatch, place.words(kind, *words)) == 0
+    if kind == "fsrcnn-phase1":
+        restore = SelfEnsemble(PcsrRestorer(model, FixedRouting(-1)))  # type: ignore[arg-type]
+    else:
+        original = OriginalRestorer(model)  # type: ignore[arg-type]
+        restore = SelfEnsemble(lambda lr, size: original(lr))
+    pairs = place.pairs()
+    assert len(pairs) == 5 and pairs["odd"][0].shape == (31 // scale, 27 // scale, 3)
+    for path in place.photos.iterdir():
+        lr, sr = pairs[path.stem]
+        h, w = (n // scale for n in read_rgb(path).shape[:2])
+        hr = read_rgb(path)[: h * scale, : w * scale]
+        assert np.array_equal(lr, imresize_uint8(hr, size=(h, w)))
+        expected = restore(to_tensor(lr), (h * scale, w * scale)).sr
+        assert np.array_equal(sr, to_array(expected))
+    spec = {"root_path_lr": str(place.output / "lr"), "root_path_hr": str(place.output / "sr")}
+    data = datasets.make({"name": "paired-image-folders", "args": spec})
+    assert {data[index].scale for index in range(5)} == {scale}  # type: ignore[index]
+
+
+def test_the_same_command_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.teacher("fsrcnn")
+    words = place.words("fsrcnn", "--window", 5, "--pictures", 4)
+    assert call(monkeypatch, words) == 0
+    assert f"{place.output}: 4 pairs\n" in capsys.readouterr().out
+    files = {path: path.read_bytes() for path in place.output.rglob("*.png")}
+    assert all(
+        lr.shape == (5, 5, 3) and sr.shape == (20, 20, 3) for lr, sr in place.pairs().values()
+    )
+    first, second, *others = sorted(place.output.rglob("lr/*.png"))
+    first.unlink()
+    (place.output / "sr" / second.name).unlink()
+    times = {path: path.stat().st_mtime_ns for path in others}
+    assert call(monkeypatch, words) == 0
+    assert "4 pairs, 2 of them from before" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in place.output.rglob("*.png")} == files
+    assert {path: path.stat().st_mtime_ns for path in others} == times
+
+
+def test_windows_and_pictures_go_by_the_seed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.teacher("fsrcnn")
+    found = []
+    for seed in (1, 2, 3):
+        place.output = place.folder / f"taught-{seed}"
+        words = place.words("fsrcnn", "--window", 6, "--pictures", 2, "--turns", 1, "--seed", seed)
+        assert call(monkeypatch, words) == 0
+        found.append(place.pairs())
+    assert all(len(pairs) == 2 for pairs in found)
+    assert len({tuple(pairs) for pairs in found}) > 1, "other pictures"
+    odd = read_rgb(place.photos / "odd.png")
+    one, other = (command.window(odd, 12, seed, "odd.png") for seed in (1, 2))
+    assert one.shape == (12, 12, 3) and not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--turns", "4"], "were made with other turns: name another --output"),
+        (["--window", "5", "--seed", "2"], "were made with other window, seed"),
+        (["--scale", "2"], "--scale 2: this network's scale is 4"),
+        (["--hr_data", "{nothing}"], "does not exist"),
+        (["--output", "{file}"], "is a file, not a folder"),
+        (["--output", "{foreign}"], "holds pictures that are not from here"),
+        (["--turns", "3"], "--turns"),
+    ],
+)
+def test_refused(
+    place: Place,
+    more: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place.teacher("fsrcnn")
+    assert call(monkeypatch, place.words("fsrcnn")) == 0
+    foreign = place.folder / "foreign"
+    write_picture(foreign / "lr" / "a.png", Picture(np.zeros((3, 3, 3), np.uint8)))
+    names = {
+        "nothing": place.folder / "no",
+        "file": place.folder / "fsrcnn.pth",
+        "foreign": foreign,
+    }
+    before = {path: path.read_bytes() for path in place.folder.rglob("*") if path.is_file()}
+    more = [word.format(**names) for word in more]
+    capsys.readouterr()
+    assert call(monkeypatch, place.words("fsrcnn", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert {p: p.read_bytes() for p in place.folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_damaged_note_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.teacher("fsrcnn")
+    place.output.mkdir()
+    (place.output / "taught.json").write_text("{", encoding="utf-8")
+    assert call(monkeypatch, place.words("fsrcnn")) == 2
+    assert "taught.json is damaged" in capsys.readouterr().err
+    (place.output / "taught.json").write_text(json.dumps([1]), encoding="utf-8")
+    assert call(monkeypatch, place.words("fsrcnn")) == 2
