@@ -1,6 +1,7 @@
 """The command-line words of everything that runs a PCSR model: test_pcsr.py and the demo."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from engine.budget import Budget, BudgetPlan, OriginalCost
@@ -11,6 +12,8 @@ from utils.atomic import is_device, obstacle
 from utils.cli import finite_float, positive_int
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES
+
+_log = logging.getLogger(__name__)
 
 _HEAVIEST = -1
 # Named by mistake, a picture, weights or a config would be lost.
@@ -119,6 +122,9 @@ def routing_from(
     if upsamplers == 1:
         if args.budget is not None:
             raise UserError("--budget: the model has one upsampler, so there is nothing to choose")
+        for word, value in (("k", args.k), ("adaptive", args.adaptive or None)):
+            if value is not None:
+                _log.warning("--%s changes nothing: the model has one upsampler", word)
         return FixedRouting(_HEAVIEST)
     if args.upsampler is not None:
         return FixedRouting(args.upsampler)

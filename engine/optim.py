@@ -132,8 +132,11 @@ class CosineRestart:
             raise UserError(
                 "config: `lr_scheduler.args`: T_period takes positive iterations, restarts ascend"
             )
-        if len(weights) < len(restarts):
-            raise UserError("config: `lr_scheduler.args.weights` needs one entry per restart")
+        if len(weights) != len(restarts):
+            raise UserError(
+                f"config: `lr_scheduler.args`: {len(restarts)} restarts and {len(weights)} "
+                "weights: one weight per restart"
+            )
         self.optimizer = optimizer
         self.periods = list(T_period)
         self.restarts = [r + 1 for r in restarts]

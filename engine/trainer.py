@@ -32,6 +32,7 @@ from engine.train_checks import (
 )
 from engine.unit_probe import HINT_PATCHES, PATCHES, Probe, told
 from engine.validation import validate
+from engine.validation_sizes import check_validation_images
 from utils.config import Config
 from utils.distributed import (
     World,
@@ -145,6 +146,7 @@ class Trainer:
         if config.valid_dataset is not None:
             self.validation = validation_sets(config.valid_dataset)
             check_validation_scales(self.model, [scale for scale, _ in self.validation])
+            check_validation_images(self.validation)
 
     def _make_gradients(self) -> BatchGradients:
         config = self.config

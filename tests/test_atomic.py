@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.atomic import is_device, replace_file, write_text
+from utils.atomic import is_device, remove_leftovers, replace_file, write_text
 from utils.errors import UserError
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -38,3 +38,18 @@ def test_what_is_a_device(tmp_path: Path) -> None:
     file.touch()
     for path in (file, tmp_path, tmp_path / "new" / "file"):
         assert not is_device(path)
+
+
+@pytest.mark.parametrize("stem", ["a" * 250, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 120, "a[1]*?"])
+def test_any_name_that_a_file_can_have_is_written(stem: str, tmp_path: Path) -> None:
+    path, other = tmp_path / f"{stem}.pth", tmp_path / ".b.1-2.tmp.pth"
+    other.touch()
+    write_text(path, "whole\n")
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])
+    with pytest.raises(KeyboardInterrupt), replace_file(path) as temporary:
+        leftover = temporary
+        raise KeyboardInterrupt
+    leftover.write_text("a part")
+    remove_leftovers(path)
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])
+    assert path.read_text() == "whole\n"

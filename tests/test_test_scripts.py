@@ -171,7 +171,8 @@ def test_self_ensemble_costs_eight_times_as_much(name, place, run, tmp_path) -> 
 def test_phase_0_checkpoint_is_all_heavy(place, run, tmp_path) -> None:
     weights = place / "tiny-pcsr-phase0.pth"
     command = words(place, "tiny-pcsr-phase1", "--adaptive", "--per_image", weights=weights)
-    code, output, _ = run([*command, f"--json={tmp_path / 'f.json'}"])
+    code, output, errors = run([*command, f"--json={tmp_path / 'f.json'}"])
+    assert "--adaptive changes nothing: the model has one upsampler" in errors
     written = json.loads((tmp_path / "f.json").read_text())
     assert (code, written["mean"]["shares"]) == (0, [1.0])
     assert written["conventions"]["routing"] == "all-heavy"

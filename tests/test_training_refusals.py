@@ -10,7 +10,7 @@ from tests.training import make_pictures, raw_config, run
 from utils.checkpoint import LAST_NAME
 from utils.config import check_config
 from utils.errors import UserError
-from utils.images import Picture, write_picture
+from utils.images import Picture, read_rgb, write_picture
 
 pytestmark = pytest.mark.usefixtures("fresh_logging")
 
@@ -72,6 +72,53 @@ def test_validation_at_another_scale_is_refused_before_training(
     dataset = raw["train_dataset"]["dataset"]
     raw["valid_dataset"] = {"dataset": dataset, "wrapper": wrapper, "scales": [3]}
     with pytest.raises(UserError, match="enlarges 4 times, but is to be validated at scale 3"):
+        run(check_config(raw, "x"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "side", "message"),
+    [
+        ({"scale": 4}, 11, "too small for scale 4: nothing is left inside a border of 4 px"),
+        ({"scale": 4, "inp_size": 8}, 31, "too small for a crop of 8 LR pixels at scale 4"),
+        ({"scale": 4, "inp_size": 2}, 48, "nothing is left inside"),
+    ],
+)
+def test_validation_pictures_that_are_too_small_are_found_before_training(
+    wrapper: dict[str, Any], side: int, message: str, tmp_path: Path
+) -> None:
+    folder = make_pictures(tmp_path / "pictures")
+    write_picture(folder / "last.png", Picture(np.zeros((48, side, 3), np.uint8)))
+    raw = raw_config("fsrcnn", make_pictures(tmp_path / "training"))
+    dataset = {"name": "image-folder", "args": {"root_path": str(folder)}}
+    raw["valid_dataset"] = {
+        "dataset": dataset,
+        "wrapper": {"name": "sr-implicit-downsampled", "args": wrapper},
+    }
+    with pytest.raises(UserError, match=message) as caught:
+        run(check_config(raw, "x"), tmp_path / "run")
+    assert f"is {side}x48" in str(caught.value) or side == 48
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("height", "message"), [(2, "nothing is left"), (5, "no common scale")])
+def test_validation_pairs_that_cannot_be_are_found_before_training(
+    height: int, message: str, tmp_path: Path
+) -> None:
+    hr = make_pictures(tmp_path / "hr")
+    write_picture(hr / "last.png", Picture(np.zeros((8, 48, 3), np.uint8)))
+    for path in hr.iterdir():
+        small = read_rgb(path)[::4, ::4]
+        if path.name == "last.png":
+            small = np.zeros((height, 12, 3), np.uint8)
+        write_picture(tmp_path / "lr" / path.name, Picture(np.ascontiguousarray(small)))
+    raw = raw_config("fsrcnn", make_pictures(tmp_path / "training"))
+    args = {"root_path_hr": str(hr), "root_path_lr": str(tmp_path / "lr")}
+    raw["valid_dataset"] = {
+        "dataset": {"name": "paired-image-folders", "args": args},
+        "wrapper": {"name": "sr-implicit-paired"},
+    }
+    with pytest.raises(UserError, match=message):
         run(check_config(raw, "x"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

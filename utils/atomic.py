@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import glob
 import itertools
 import os
 import shutil
@@ -10,6 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils.errors import UserError
+
+# Of a name, in temporary ones; what these add has fewer than 50 bytes beside the suffix.
+_STEM_BYTES = 180
 
 
 @contextlib.contextmanager
@@ -79,7 +83,13 @@ def keep_as(path: Path, name: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     # The suffix stays last: writers choose the format by it.
-    return path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{_start_of(path)}.{unique}.tmp{path.suffix}")
+
+
+def _start_of(path: Path) -> str:
+    """What temporary names share with that of `path`: a file name has 255 bytes at most."""
+    return os.fsencode(path.stem)[:_STEM_BYTES].decode(errors="ignore")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -95,7 +105,8 @@ def write_text(path: str | Path, text: str) -> None:
 def remove_leftovers(path: str | Path) -> None:
     """Remove what a killed process left of writing `path`; no one may be writing it now."""
     path = Path(path)
-    for temporary in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+    name = f".{glob.escape(_start_of(path))}.*.tmp{glob.escape(path.suffix)}"
+    for temporary in path.parent.glob(name):
         temporary.unlink(missing_ok=True)
 
 
