@@ -59,14 +59,26 @@ def crop_to_scale(
     Raises:
         UserError: no LR pixel would be left; `name` is in the message.
     """
-    height, width = hr.shape[:2]
+    (height, width), lr_size = sizes_at_scale((hr.shape[0], hr.shape[1]), scale, name)
+    return hr[:height, :width], lr_size
+
+
+def sizes_at_scale(
+    hr_size: tuple[int, int], scale: float, name: str | Path
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What :func:`crop_to_scale` leaves of an image of (H, W), and its LR: (H, W) and (h, w).
+
+    Raises:
+        UserError: no LR pixel would be left; `name` is in the message.
+    """
+    height, width = hr_size
     # The small term keeps the noise of 8.1 / 2.7 = 2.9999999999999996 from costing a pixel.
-    lr_height, lr_width = (math.floor(length / scale + 1e-6) for length in (height, width))
+    lr_height, lr_width = (math.floor(length / scale + 1e-6) for length in hr_size)
     if min(lr_height, lr_width) < 1:
         raise UserError(f"image {name} is {width}x{height}, too small for scale {scale:g}")
     height = min(height, round(lr_height * scale))
     width = min(width, round(lr_width * scale))
-    return hr[:height, :width], (lr_height, lr_width)
+    return (height, width), (lr_height, lr_width)
 
 
 class _Samples(Generic[Source]):

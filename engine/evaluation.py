@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datasets.resize import imresize
-from engine.restore import PcsrRestorer, Restored
+from engine.restore import Restored
 from engine.samples import EvaluationSet
 from utils.errors import UserError
 from utils.machine import Timer
@@ -81,7 +81,10 @@ class Evaluation:
         lr = sample.lr.to(self.device)
         with errors_named(sample.name, self.device):
             if not self._is_warm:
-                _warm_up(self.restore, lr, conventions.patch_size, conventions.scale)
+                # A corner, so that the first image's time does not hold it.
+                corner = lr[:, : conventions.patch_size, : conventions.patch_size].contiguous()
+                height, width = (round(n * conventions.scale) for n in corner.shape[-2:])
+                warm_up(self.restore, corner, (height, width))
                 self._is_warm = True
             restored = self.restore(lr, sample.size)
         compared: dict[str, Any] = {
@@ -137,9 +140,9 @@ def mean_of(figures: Sequence[Figures]) -> Figures:
     )
 
 
-def _warm_up(restore: Restore, lr: Tensor, patch_size: int, scale: float) -> None:
-    """Run a corner, so that the first image's time does not hold what is done only once."""
-    corner = lr[:, :patch_size, :patch_size].contiguous()
-    # A budget for images would not suit a corner.
-    run = restore.warm_up if isinstance(restore, PcsrRestorer) else restore
-    run(corner, (round(corner.shape[-2] * scale), round(corner.shape[-1] * scale)))
+def warm_up(restore: Restore, lr: Tensor, size: tuple[int, int]) -> None:
+    """Do once what is done only once: by its own `warm_up` where there is one, or by a run.
+
+    (A budget for images would not suit a corner of one.)
+    """
+    getattr(restore, "warm_up", restore)(lr, size)

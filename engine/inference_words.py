@@ -109,8 +109,8 @@ def routing_from(
     """The routing that the words of :func:`add_routing_words` ask for.
 
     Args:
-        upsamplers: how many the model has. A model of one (phase 0) uses it, whatever the words,
-            but can keep to no budget.
+        upsamplers: how many the model has. A model of one (phase 0) uses it, whatever the words
+            (a warning says so), but can keep to no budget.
         original: what a budget may be a share of.
 
     Raises:

@@ -134,8 +134,8 @@ class CosineRestart:
             )
         if len(weights) != len(restarts):
             raise UserError(
-                f"config: `lr_scheduler.args`: {len(restarts)} restarts and {len(weights)} "
-                "weights: one weight per restart"
+                f"config: `lr_scheduler.args`: `restarts` has {len(restarts)} entries and "
+                f"`weights` {len(weights)}: one weight per restart"
             )
         self.optimizer = optimizer
         self.periods = list(T_period)

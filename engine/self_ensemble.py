@@ -7,10 +7,9 @@ image; the mean has less error than each of them (the "+" of EDSR+, Lim et al. 2
 from dataclasses import replace
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from engine.evaluation import Restore
+from engine.evaluation import Restore, warm_up
 from engine.restore import Restored
 
 Turns = Literal[1, 4, 8]
@@ -35,16 +34,24 @@ class SelfEnsemble:
         FLOPs and times are sums over the turns, shares their mean, and classes those of the image
         as it is. Errors are those of `restore`.
         """
-        results = [self._turned(lr, size, turn) for turn in range(self.turns)]
-        shares = zip(*(result.shares for result in results), strict=True)
-        return replace(
-            results[0],
-            sr=torch.stack([result.sr for result in results]).mean(0),
-            shares=[sum(share) / self.turns for share in shares],
-            flops_paper=sum(result.flops_paper for result in results),
-            flops_executed=sum(result.flops_executed for result in results),
-            time_s=sum(result.time_s for result in results),
-        )
+        total = self._turned(lr, size, 0)
+        mean = total.sr.clone()
+        for turn in range(1, self.turns):
+            result = self._turned(lr, size, turn)
+            mean += result.sr
+            total = replace(
+                total,
+                shares=[a + b for a, b in zip(total.shares, result.shares, strict=True)],
+                flops_paper=total.flops_paper + result.flops_paper,
+                flops_executed=total.flops_executed + result.flops_executed,
+                time_s=total.time_s + result.time_s,
+            )
+        mean /= self.turns
+        return replace(total, sr=mean, shares=[share / self.turns for share in total.shares])
+
+    def warm_up(self, lr: Tensor, size: tuple[int, int]) -> None:
+        """Do once what is done only once, as `restore` does it."""
+        warm_up(self.restore, lr, size)
 
     def _turned(self, lr: Tensor, size: tuple[int, int], turn: int) -> Restored:
         height, width = size

@@ -1,17 +1,18 @@
 """Make training pairs from a trained network: LR pictures, and what it makes of them.
 
-``python -m engine.teach --config configs/soap/srresnet-x4.yaml --hr_data load/photos \
---output local/taught``
+``python -m engine.teach --config configs/srresnet-x4.yaml --weights save/srresnet-x4/release.pth \
+--hr_data load/photos --output load/taught``
 
 A network that learns from another one's pictures instead of the photographs themselves
-(distillation, Hinton et al. 2015) has the same aim with less noise: a photograph has details that
-no network can know from LR, and the teacher's picture, like the best a network can do, is their
-mean. The pairs are read by `paired-image-folders`.
+(distillation, Hinton et al. 2015) has much the same aim with less noise: a photograph has details
+that no network can know from LR, and the teacher's picture has about the mean of what they can be.
+The pairs are read by `paired-image-folders`.
 """
 
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,28 @@ from tqdm import tqdm
 
 from datasets.resize import imresize_uint8
 from datasets.wrappers import crop_to_scale
-from engine.demo.files import prepare_folder, result_stems
+from engine.evaluate_cli import is_pcsr
+from engine.evaluation import Restore
 from engine.inference_words import add_weights_word
-from engine.loading import load_model
+from engine.loading import load_original, load_pcsr
+from engine.picture_files import prepare_folder, result_stems
 from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.self_ensemble import TURNS, SelfEnsemble, Turns
-from models.backbones.base import SRNetwork
-from models.pcsr import PCSR
 from models.routing import FixedRouting
 from utils.allocator import keep_freed_blocks
-from utils.atomic import write_text
+from utils.atomic import remove_leftovers, write_text
 from utils.checkpoint import find_weights
 from utils.cli import (
+    EXIT_USER_ERROR,
     Parser,
     add_config_words,
     add_device_words,
     check_device_words,
+    natural_int,
     positive_int,
     run,
 )
-from utils.config import load_config
+from utils.config import Config, load_config
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.images import Picture, list_images, read_rgb, to_array, to_tensor, write_picture
@@ -57,26 +60,16 @@ class Teacher:
     """A network whose pictures others learn from.
 
     Args:
-        model: an original network, or a PCSR model, of which the heaviest upsampler is taken.
-        scale: HR pixels per LR pixel, a whole number; an original network has its own.
+        restore: runs it.
+        scale: HR pixels per LR pixel, a whole number.
         turns: over how many copies of an image the mean is taken, see `SelfEnsemble`.
-
-    Raises:
-        UserError: a scale that an original network does not have.
+        device: where it runs.
     """
 
-    def __init__(self, model: torch.nn.Module, scale: int | None, turns: Turns) -> None:
-        if isinstance(model, PCSR):
-            self.scale = scale or _PCSR_SCALE
-            self._restore = SelfEnsemble(PcsrRestorer(model, FixedRouting(-1)), turns)
-        else:
-            assert isinstance(model, SRNetwork)
-            original = OriginalRestorer(model)
-            self.scale = original.scale
-            if scale not in (None, self.scale):
-                raise UserError(f"--scale {scale}: this network's scale is {self.scale}")
-            self._restore = SelfEnsemble(lambda lr, size: original(lr), turns)
-        self._device = next(model.parameters()).device
+    def __init__(self, restore: Restore, scale: int, turns: Turns, device: torch.device) -> None:
+        self.scale = scale
+        self._restore = SelfEnsemble(restore, turns)
+        self._device = device
 
     def pair(self, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """LR (h, w, 3) and the network's picture of it (scale h, scale w, 3), both uint8.
@@ -100,7 +93,7 @@ def chosen(paths: Sequence[Path], count: int | None, seed: int) -> list[Path]:
 def window(hr: np.ndarray, side: int | None, seed: int, name: str) -> np.ndarray:
     """A square of `side` pixels (less where the picture has less) somewhere in `hr` (H, W, 3).
 
-    Where it is depends on `seed` and `name` alone.
+    Where it is depends on `seed`, `name` and the picture's size alone.
     """
     if side is None:
         return hr
@@ -115,8 +108,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Make training pairs from a trained network: LR pictures, and what the network "
         "makes of them, for another network to learn from. Stopped, the same command goes on.",
-        example="python -m engine.teach --config configs/soap/srresnet-x4.yaml "
-        "--weights save/srresnet-x4/release.pth --hr_data load/photos --output local/taught",
+        example="python -m engine.teach --config configs/srresnet-x4.yaml "
+        "--weights save/srresnet-x4/release.pth --hr_data load/photos --output load/taught",
     )
     add_config_words(parser)
     add_weights_word(parser)
@@ -162,13 +155,13 @@ def parse_arguments() -> argparse.Namespace:
         "Default: the whole picture.",
     )
     parser.add_argument(
-        "--seed", type=positive_int, default=1, metavar="N", help="For what is drawn at random."
+        "--seed", type=natural_int, default=1, metavar="N", help="For what is drawn at random."
     )
     add_device_words(parser)
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     """Parse the command line, make the pairs that are not there, and say so."""
     args = parse_arguments()
     check_device_words(args)
@@ -176,41 +169,75 @@ def main() -> None:
     keep_freed_blocks()
     config = load_config(args.config, args.overrides)
     weights = args.weights or find_weights(Path("save") / config.name)
-    model = load_model(weights, pick_device(args.device, args.gpu), config)
-    teacher = Teacher(model, args.scale, args.turns)
-    paths = chosen(list_images(args.hr_data), args.pictures, args.seed)
-    stems = result_stems(paths)
-    for folder in (args.output, args.output / LR_FOLDER, args.output / SR_FOLDER):
-        prepare_folder(folder, "--output")
-    _claim(args.output, _about(args, weights, teacher))
+    teacher, network = _load(args, config, weights)
+    paths = chosen(list_images(args.hr_data.expanduser()), args.pictures, args.seed)
+    output = args.output.expanduser()
+    _claim(output, _about(args, network, teacher.scale, paths))
+    for folder in (LR_FOLDER, SR_FOLDER):
+        prepare_folder(output / folder, "--output")
+    print(f"teacher: {config.name} from {weights}", flush=True)
     side = None if args.window is None else args.window * teacher.scale
-    made = 0
-    for path in tqdm(paths, unit="picture", disable=None):
-        lr_path, sr_path = (
-            args.output / folder / f"{stems[path]}.png" for folder in (LR_FOLDER, SR_FOLDER)
-        )
+    before, failures = 0, {}
+    for path, stem in tqdm(result_stems(paths).items(), unit="picture", disable=None):
+        lr_path, sr_path = (output / folder / f"{stem}.png" for folder in (LR_FOLDER, SR_FOLDER))
         if lr_path.exists() and sr_path.exists():
+            before += 1
             continue
-        hr, _ = crop_to_scale(
-            window(read_rgb(path), side, args.seed, path.name), teacher.scale, path
-        )
-        for target, rgb in zip((lr_path, sr_path), teacher.pair(hr), strict=True):
+        try:
+            part = window(read_rgb(path), side, args.seed, path.name)
+            hr, _ = crop_to_scale(part, teacher.scale, path)
+            pair = teacher.pair(hr)
+        except torch.OutOfMemoryError:
+            failures[path] = f"image {path}: not enough memory: a smaller --window takes less"
+            continue
+        except UserError as error:
+            failures[path] = str(error)
+            continue
+        for target, rgb in zip((lr_path, sr_path), pair, strict=True):
+            remove_leftovers(target)
             write_picture(target, Picture(rgb))
-        made += 1
-    there = len(paths) - made
-    print(f"{args.output}: {len(paths)} pairs" + (f", {there} of them from before" * bool(there)))
+    made = len(paths) - len(failures)
+    print(f"{output}: {made} pairs" + (f", {before} of them from before" if before else ""))
+    for reason in failures.values():
+        print(f"not used: {reason}", file=sys.stderr)
+    return EXIT_USER_ERROR if failures else 0
 
 
-def _about(args: argparse.Namespace, weights: Path, teacher: Teacher) -> dict[str, Any]:
+def _load(
+    args: argparse.Namespace, config: Config, weights: Path
+) -> tuple[Teacher, torch.nn.Module]:
+    """The teacher, and its network.
+
+    Raises:
+        UserError: weights of another model, or a scale that an original network does not have.
+    """
+    device = pick_device(args.device, args.gpu)
+    if is_pcsr(config):
+        pcsr = load_pcsr(weights, device, config)
+        restorer = PcsrRestorer(pcsr, FixedRouting(-1))
+        return Teacher(restorer, args.scale or _PCSR_SCALE, args.turns, device), pcsr
+    network = load_original(weights, device, config)
+    if args.scale not in (None, network.scale):
+        raise UserError(f"--scale {args.scale}: this network's scale is {network.scale}")
+    original = OriginalRestorer(network)
+    return Teacher(lambda lr, _size: original(lr), network.scale, args.turns, device), network
+
+
+def _about(
+    args: argparse.Namespace, network: torch.nn.Module, scale: int, paths: Sequence[Path]
+) -> dict[str, Any]:
     """What decides about the pairs' pixels."""
+    digest = hashlib.sha256(str(network).encode())
+    for name, values in (*network.named_parameters(), *network.named_buffers()):
+        digest.update(name.encode())
+        digest.update(values.detach().cpu().contiguous().numpy().tobytes())
     return {
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "hr_data": str(args.hr_data),
-        "scale": teacher.scale,
+        "network": digest.hexdigest(),
+        "scale": scale,
         "turns": args.turns,
-        "pictures": args.pictures,
         "window": args.window,
         "seed": args.seed,
+        "pictures": {path.name: path.stat().st_size for path in paths},
     }
 
 
@@ -222,20 +249,39 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
     """
     path = folder / ABOUT_NAME
     if path.is_file():
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged: name another --output") from error
-        if before != about:
-            keys = [key for key in about if about[key] != before.get(key)]
-            raise UserError(
-                f"the pairs in {folder} were made with other {', '.join(keys)}: name another "
-                "--output"
-            )
+        _check_same(path, about)
         return
-    if any(any((folder / name).iterdir()) for name in (LR_FOLDER, SR_FOLDER)):
-        raise UserError(f"{folder} holds pictures that are not from here: name another --output")
-    write_text(path, json.dumps(about, indent=2) + "\n")
+    for name in (LR_FOLDER, SR_FOLDER):
+        if (folder / name).is_dir() and not _is_empty(folder / name):
+            raise UserError(
+                f"{folder / name} holds files that are not from here: name another --output"
+            )
+    prepare_folder(folder, "--output")
+    write_text(path, json.dumps(about, indent=1) + "\n")
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing but what the system keeps there (.DS_Store and the like)."""
+    return all(path.name.startswith(".") for path in folder.iterdir())
+
+
+def _check_same(path: Path, about: dict[str, Any]) -> None:
+    """Refuse pairs that were made with something else than `about`, as the note at `path` says."""
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+        pictures = dict(before.get("pictures", {}))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: name another --output") from error
+    keys = sorted(key for key in {*before, *about} if before.get(key) != about.get(key))
+    if not keys:
+        return
+    what = ", ".join(keys)
+    if keys == ["pictures"]:
+        differ = pictures.items() ^ about["pictures"].items()
+        what = f"pictures ({min(differ)[0]} for one)"
+    raise UserError(
+        f"the pairs in {path.parent} were made with other {what}: name another --output"
+    )
 
 
 if __name__ == "__main__":

@@ -146,7 +146,8 @@ class Trainer:
         if config.valid_dataset is not None:
             self.validation = validation_sets(config.valid_dataset)
             check_validation_scales(self.model, [scale for scale, _ in self.validation])
-            check_validation_images(self.validation)
+            if self.world.is_main:
+                check_validation_images(self.validation, self.model)
 
     def _make_gradients(self) -> BatchGradients:
         config = self.config

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from engine.data import rank_share
 from engine.restore import OriginalRestorer, PcsrRestorer, Restored
 from engine.validation_picture import panels
+from engine.validation_sizes import border_of
 from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
 from models.routing import FixedRouting, KRouting
@@ -129,7 +130,7 @@ def _figures(
     psnr_type: PsnrType,
     picture: NDArray[np.uint8] | None,
 ) -> _Figures:
-    border_px = round((hr.shape[-2] / lr.shape[-2] + hr.shape[-1] / lr.shape[-1]) / 2)
+    border_px = border_of((hr.shape[-2], hr.shape[-1]), (lr.shape[-2], lr.shape[-1]))
     heavy_share = restored.shares[-1] if restored.shares else 1.0
     figure = psnr(restored.sr, hr, psnr_type=psnr_type, border_px=border_px)
     return _Figures(figure, restored.flops_paper / 1e9, heavy_share, picture)

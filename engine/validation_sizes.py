@@ -1,51 +1,99 @@
-"""Validation images that are too small are found before training, not hours into it."""
+"""Validation images that cannot be used are found before training, not hours into it.
 
-import math
-from collections.abc import Iterable
+Sizes are (H, W) and (h, w) in pixels.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+from torch import nn
 from torch.utils.data import Dataset
 
 from datasets.pairing import common_size
-from datasets.wrappers import SRImplicitDownsampled, SRImplicitPaired
+from datasets.wrappers import SRImplicitDownsampled, SRImplicitPaired, sizes_at_scale
+from models.backbones.base import SRNetwork
 from utils.errors import UserError
 from utils.images import read_size
 
+_SizeOf = Callable[[Path], tuple[int, int]]
 
-def check_validation_images(sets: Iterable[tuple[float, Dataset]]) -> None:
-    """Refuse images of which nothing would be left inside the border that the metrics leave out.
+
+class _Image(NamedTuple):
+    """A validation image, and the sizes of its sample."""
+
+    path: Path
+    scale: float
+    hr: tuple[int, int]
+    lr: tuple[int, int]
+
+
+def border_of(hr_size: tuple[int, int], lr_size: tuple[int, int]) -> int:
+    """HR pixels that the metrics leave out on each side: as many as the scale, rounded."""
+    return round(sum(hr / lr for hr, lr in zip(hr_size, lr_size, strict=True)) / 2)
+
+
+def check_validation_images(sets: Iterable[tuple[float, Dataset]], model: nn.Module) -> None:
+    """Refuse images too small for the metrics, and pairs of a scale that is not the model's.
 
     Only headers are read. Samples of other kinds than the two wrappers here are not looked at.
 
     Args:
         sets: see `engine.data.validation_sets`.
+        model: what is to be validated.
 
     Raises:
-        UserError: naming the image; also a pair without a common scale.
+        UserError: naming the image.
     """
-    for _, samples in sets:
+    size_of = cache(read_size)
+    own_scale = model.scale if isinstance(model, SRNetwork) else 0
+    for set_scale, samples in sets:
         if isinstance(samples, SRImplicitDownsampled):
-            scale = samples.highest_scale
-            for path in samples.dataset.columns[0]:
-                size = read_size(path)
-                # The small term as in `crop_to_scale`.
-                _check(path, size, math.floor(min(size) / scale + 1e-6), scale, samples.inp_size)
+            images = _downsampled(samples, size_of)
         elif isinstance(samples, SRImplicitPaired):
-            for hr_path, lr_path in zip(*samples.dataset.columns, strict=True):
-                size = read_size(hr_path)
-                pair_scale, lr_size = common_size(size, read_size(lr_path), hr_path.name)
-                _check(hr_path, size, min(lr_size), pair_scale, samples.inp_size)
+            images = _paired(samples, size_of, set_scale or own_scale)
+        else:
+            continue
+        for image in images:
+            border = border_of(image.hr, image.lr)
+            if min(image.hr) <= 2 * border:
+                height, width = size_of(image.path)
+                raise UserError(
+                    f"validation image {image.path} is {width}x{height}, too small for scale "
+                    f"{image.scale:g}: nothing is left inside a border of {border} px; remove it"
+                )
 
 
-def _check(
-    path: Path, size: tuple[int, int], lr_side: int, scale: float, inp_size: int | None
-) -> None:
-    """Of an image of `size` (H, W), whose LR is `lr_side` on its short side."""
-    image = f"validation image {path} is {size[1]}x{size[0]}, too small for"
-    if inp_size is not None and lr_side < inp_size:
-        raise UserError(f"{image} a crop of {inp_size} LR pixels at scale {scale:g}: remove it")
-    border = round(scale)
-    if round((inp_size or lr_side) * scale) <= 2 * border:
+def _downsampled(samples: SRImplicitDownsampled, size_of: _SizeOf) -> Iterator[_Image]:
+    scale, side = samples.highest_scale, samples.inp_size
+    for path in samples.dataset.paths:
+        hr_size = size_of(path)
+        if side is None:
+            yield _Image(path, scale, *sizes_at_scale(hr_size, scale, path))
+        else:
+            hr_side = round(side * scale)
+            _check_crop(path, hr_size, hr_side)
+            yield _Image(path, scale, (hr_side, hr_side), (side, side))
+
+
+def _paired(samples: SRImplicitPaired, size_of: _SizeOf, wanted: float) -> Iterator[_Image]:
+    side = samples.inp_size
+    for path, lr_path in zip(samples.dataset.hr_paths, samples.dataset.lr_paths, strict=True):
+        scale, lr_size = common_size(size_of(path), size_of(lr_path), path.name)
+        if wanted not in (0, scale):
+            raise UserError(
+                f"validation image {path} is {scale} times its LR {lr_path.name}, not {wanted:g}"
+            )
+        if side is not None:
+            _check_crop(lr_path, size_of(lr_path), side)
+            lr_size = (side, side)
+        yield _Image(path, scale, (lr_size[0] * scale, lr_size[1] * scale), lr_size)
+
+
+def _check_crop(path: Path, size: tuple[int, int], side: int) -> None:
+    if min(size) < side:
         raise UserError(
-            f"{image} scale {scale:g}: nothing is left inside a border of {border} px; remove it"
+            f"validation image {path} is {size[1]}x{size[0]}, too small for a crop of "
+            f"{side}x{side}: remove it or reduce inp_size"
         )

@@ -41,8 +41,10 @@ def test_what_is_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stem", ["a" * 250, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 120, "a[1]*?"])
-def test_any_name_that_a_file_can_have_is_written(stem: str, tmp_path: Path) -> None:
-    path, other = tmp_path / f"{stem}.pth", tmp_path / ".b.1-2.tmp.pth"
+def test_files_of_long_and_odd_names_are_written_and_cleaned_up_after(
+    stem: str, tmp_path: Path
+) -> None:
+    path, other = tmp_path / f"{stem}.pth", tmp_path / f".{stem[:-1]}.1-2.tmp.pth"[-200:]
     other.touch()
     write_text(path, "whole\n")
     assert sorted(tmp_path.iterdir()) == sorted([path, other])

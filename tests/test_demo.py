@@ -21,10 +21,10 @@ from datasets.resize import imresize
 from engine.conventions import Conventions
 from engine.demo.cli import main
 from engine.demo.enlarge import Enlarger
-from engine.demo.files import result_stems
 from engine.demo.models import load_demo_pcsr
 from engine.demo.words import make_parser
 from engine.loading import load_original, load_pcsr
+from engine.picture_files import result_stems
 from engine.restore import PcsrRestorer
 from engine.samples import EvaluationSet, ImagePaths
 from models.pcsr import PCSR

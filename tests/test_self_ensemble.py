@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import models
+from engine.evaluation import warm_up
 from engine.restore import OriginalRestorer, Restored
 from engine.self_ensemble import TURNS, SelfEnsemble
 from tests.training import model_spec
@@ -71,3 +72,18 @@ def test_a_networks_ensemble_turns_with_the_image() -> None:
     assert abs(torch.rot90(original(turned).sr, -1, (-2, -1)) - alone).max() > 1e-3
     again = torch.rot90(ensemble(turned, (32, 20)).sr, -1, (-2, -1))
     torch.testing.assert_close(again, together, rtol=0, atol=1e-5)
+
+
+def test_a_budget_is_warmed_up_as_without() -> None:
+    """Not by itself on a corner, where it would warn of, or refuse, what suits the image."""
+
+    class Restorer:
+        def warm_up(self, lr: Tensor, size: tuple[int, int]) -> None:
+            seen.append((lr.shape[-2:], size))
+
+        def __call__(self, lr: Tensor, size: tuple[int, int]) -> Restored:
+            raise AssertionError("run instead")
+
+    seen: list[object] = []
+    warm_up(SelfEnsemble(Restorer()), torch.rand(3, 4, 7), (12, 21))
+    assert seen == [((4, 7), (12, 21))]

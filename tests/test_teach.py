@@ -1,6 +1,6 @@
 """``python -m engine.teach``: what it makes, goes on with, and refuses."""
 
-import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,10 @@ class Place:
         write_picture(self.photos / "odd.png", Picture(np.ascontiguousarray(rgb[:31, :27])))
         self.output = folder / "taught"
 
-    def teacher(self, kind: str) -> torch.nn.Module:
+    def teacher(self, kind: str, seed: int = 0) -> torch.nn.Module:
         config = raw_config(kind, self.photos)
         (self.folder / f"{kind}.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = models.make(config["model"]).eval()
         content = {"model": {**config["model"], "sd": model.state_dict()}, "iter": 7}
         save_checkpoint(self.folder / f"{kind}.pth", content)
@@ -44,6 +44,11 @@ class Place:
         words = ["--config", self.folder / f"{kind}.yaml", "--hr_data", self.photos]
         words += ["--weights", self.folder / f"{kind}.pth", "--output", self.output, *more]
         return [*map(str, words), "--device", "cpu"]
+
+    def everything(self) -> dict[Path, bytes]:
+        """All that there is, folders included."""
+        found = self.folder.rglob("*")
+        return {path: path.read_bytes() if path.is_file() else b"" for path in found}
 
     def pairs(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         lr, sr = (self.output / name for name in ("lr", "sr"))
@@ -129,11 +134,13 @@ def test_windows_and_pictures_go_by_the_seed(place: Place, monkeypatch: pytest.M
     ("more", "message"),
     [
         (["--turns", "4"], "were made with other turns: name another --output"),
-        (["--window", "5", "--seed", "2"], "were made with other window, seed"),
+        (["--window", "5", "--seed", "0"], "were made with other seed, window"),
+        (["--pictures", "2"], "were made with other pictures ("),
+        (["--weights", "{other}"], "were made with other network"),
         (["--scale", "2"], "--scale 2: this network's scale is 4"),
         (["--hr_data", "{nothing}"], "does not exist"),
         (["--output", "{file}"], "is a file, not a folder"),
-        (["--output", "{foreign}"], "holds pictures that are not from here"),
+        (["--output", "{foreign}"], "holds files that are not from here"),
         (["--turns", "3"], "--turns"),
     ],
 )
@@ -144,22 +151,56 @@ def test_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    place.teacher("fsrcnn", seed=1)
+    (place.folder / "fsrcnn.pth").rename(place.folder / "other.pth")
     place.teacher("fsrcnn")
-    assert call(monkeypatch, place.words("fsrcnn")) == 0
     foreign = place.folder / "foreign"
-    write_picture(foreign / "lr" / "a.png", Picture(np.zeros((3, 3, 3), np.uint8)))
-    names = {
-        "nothing": place.folder / "no",
-        "file": place.folder / "fsrcnn.pth",
-        "foreign": foreign,
-    }
-    before = {path: path.read_bytes() for path in place.folder.rglob("*") if path.is_file()}
-    more = [word.format(**names) for word in more]
+    write_picture(foreign / "sr" / "a.png", Picture(np.zeros((3, 3, 3), np.uint8)))
+    assert call(monkeypatch, place.words("fsrcnn")) == 0
+    names = {"nothing": place.folder / "no", "file": place.folder / "fsrcnn.pth"}
+    names["other"] = place.folder / "other.pth"
+    before = place.everything()
+    more = [word.format(**names, foreign=foreign) for word in more]
     capsys.readouterr()
     assert call(monkeypatch, place.words("fsrcnn", *more)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert {p: p.read_bytes() for p in place.folder.rglob("*") if p.is_file()} == before
+    assert place.everything() == before
+
+
+def test_other_photographs_are_not_mixed_in(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.teacher("fsrcnn")
+    assert call(monkeypatch, place.words("fsrcnn")) == 0
+    before = place.everything()
+    (place.photos / "odd.jpg").write_bytes((place.photos / "odd.png").read_bytes())
+    assert call(monkeypatch, place.words("fsrcnn")) == 2
+    assert "other pictures (odd.jpg for one)" in capsys.readouterr().err
+    (place.photos / "odd.jpg").unlink()
+    assert place.everything() == before
+
+
+def test_a_bad_photograph_does_not_keep_the_others(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.teacher("fsrcnn")
+    whole = (place.photos / "odd.png").read_bytes()
+    (place.photos / "0.png").write_bytes(whole[: len(whole) // 2])
+    write_picture(place.photos / "tiny.png", Picture(np.zeros((3, 9, 3), np.uint8)))
+    deep = np.full((12, 8, 3), 40000, np.uint16)
+    write_picture(place.photos / "deep.png", Picture(deep, deep[..., 0]))
+    shutil.copy(place.photos / "odd.png", place.photos / "odd.bmp")
+    for line in ("6 pairs\n", "6 pairs, 6 of them from before\n"):
+        assert call(monkeypatch, place.words("fsrcnn")) == 2
+        captured = capsys.readouterr()
+        assert captured.out.endswith(f"{place.output}: {line}")
+        damaged, tiny = captured.err.splitlines()
+        assert damaged.startswith("not used: image") and "0.png" in damaged
+        assert "tiny.png is 9x3, too small for scale 4" in tiny
+    pairs = place.pairs()
+    assert set(pairs) == {"1", "2", "3", "deep", "odd_bmp", "odd_png"}
+    assert (pairs["deep"][0] == 156).all()
 
 
 def test_a_damaged_note_is_refused(
@@ -167,8 +208,7 @@ def test_a_damaged_note_is_refused(
 ) -> None:
     place.teacher("fsrcnn")
     place.output.mkdir()
-    (place.output / "taught.json").write_text("{", encoding="utf-8")
-    assert call(monkeypatch, place.words("fsrcnn")) == 2
-    assert "taught.json is damaged" in capsys.readouterr().err
-    (place.output / "taught.json").write_text(json.dumps([1]), encoding="utf-8")
-    assert call(monkeypatch, place.words("fsrcnn")) == 2
+    for content in ("{", "[1]", '{"pictures": 3}'):
+        (place.output / "taught.json").write_text(content, encoding="utf-8")
+        assert call(monkeypatch, place.words("fsrcnn")) == 2
+        assert "taught.json is damaged: name another --output" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.training import make_pictures, raw_config, run
+from tests.training import make_pictures, metrics_of, raw_config, run
 from utils.checkpoint import LAST_NAME
 from utils.config import check_config
 from utils.errors import UserError
@@ -77,46 +77,62 @@ def test_validation_at_another_scale_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "side", "message"),
+    ("wrapper", "width", "message"),
     [
         ({"scale": 4}, 11, "too small for scale 4: nothing is left inside a border of 4 px"),
-        ({"scale": 4, "inp_size": 8}, 31, "too small for a crop of 8 LR pixels at scale 4"),
-        ({"scale": 4, "inp_size": 2}, 48, "nothing is left inside"),
+        ({"scale": 4}, 3, "too small for scale 4"),
+        ({"scale": 1.4}, 2, "nothing is left inside a border of 1 px"),
+        ({"scale": 4, "inp_size": 8}, 31, "too small for a crop of 32x32"),
+        ({"scale": 2.5, "inp_size": 5}, 11, "too small for a crop of 12x12"),
     ],
 )
 def test_validation_pictures_that_are_too_small_are_found_before_training(
-    wrapper: dict[str, Any], side: int, message: str, tmp_path: Path
+    wrapper: dict[str, Any], width: int, message: str, tmp_path: Path
 ) -> None:
     folder = make_pictures(tmp_path / "pictures")
-    write_picture(folder / "last.png", Picture(np.zeros((48, side, 3), np.uint8)))
-    raw = raw_config("fsrcnn", make_pictures(tmp_path / "training"))
+    last = folder / "last.png"
+    raw = raw_config("fsrcnn-phase0", make_pictures(tmp_path / "training"), iter_max=1)
     dataset = {"name": "image-folder", "args": {"root_path": str(folder)}}
     raw["valid_dataset"] = {
         "dataset": dataset,
         "wrapper": {"name": "sr-implicit-downsampled", "args": wrapper},
     }
+    write_picture(last, Picture(np.zeros((48, width, 3), np.uint8)))
     with pytest.raises(UserError, match=message) as caught:
         run(check_config(raw, "x"), tmp_path / "run")
-    assert f"is {side}x48" in str(caught.value) or side == 48
+    assert f"{last} is {width}x48" in str(caught.value)
     assert not (tmp_path / "run").exists()
+    # One pixel of LR more is enough.
+    write_picture(last, Picture(np.zeros((48, width + (9 if width == 3 else 1), 3), np.uint8)))
+    run(check_config(raw, "x"), tmp_path / "run")
+    assert metrics_of(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("height", "message"), [(2, "nothing is left"), (5, "no common scale")])
+@pytest.mark.parametrize(
+    ("size", "scales", "message"),
+    [
+        ((2, 12), [], r"last\.png is 48x8, too small for scale 4: nothing is left"),
+        ((5, 12), [], "no common scale"),
+        ((4, 24), [], r"last\.png is 2 times its LR last\.png, not 4"),
+        (None, [2], r"0\.png is 4 times its LR 0\.png, not 2"),
+    ],
+)
 def test_validation_pairs_that_cannot_be_are_found_before_training(
-    height: int, message: str, tmp_path: Path
+    size: tuple[int, int] | None, scales: list[float], message: str, tmp_path: Path
 ) -> None:
     hr = make_pictures(tmp_path / "hr")
-    write_picture(hr / "last.png", Picture(np.zeros((8, 48, 3), np.uint8)))
     for path in hr.iterdir():
-        small = read_rgb(path)[::4, ::4]
-        if path.name == "last.png":
-            small = np.zeros((height, 12, 3), np.uint8)
-        write_picture(tmp_path / "lr" / path.name, Picture(np.ascontiguousarray(small)))
-    raw = raw_config("fsrcnn", make_pictures(tmp_path / "training"))
+        small = np.ascontiguousarray(read_rgb(path)[::4, ::4])
+        write_picture(tmp_path / "lr" / path.name, Picture(small))
+    if size is not None:
+        write_picture(hr / "last.png", Picture(np.zeros((8, 48, 3), np.uint8)))
+        write_picture(tmp_path / "lr" / "last.png", Picture(np.zeros((*size, 3), np.uint8)))
+    raw = raw_config("fsrcnn-phase0" if scales else "fsrcnn", make_pictures(tmp_path / "training"))
     args = {"root_path_hr": str(hr), "root_path_lr": str(tmp_path / "lr")}
     raw["valid_dataset"] = {
         "dataset": {"name": "paired-image-folders", "args": args},
         "wrapper": {"name": "sr-implicit-paired"},
+        "scales": scales,
     }
     with pytest.raises(UserError, match=message):
         run(check_config(raw, "x"), tmp_path / "run")

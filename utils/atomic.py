@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import hashlib
 import itertools
 import os
 import shutil
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-# Of a name, in temporary ones; what these add has fewer than 50 bytes beside the suffix.
-_STEM_BYTES = 180
+# What a file's name may have, and what temporary ones add to it: dots, a process, a random number.
+_NAME_BYTES = 255
+_ADDED_BYTES = 32
 
 
 @contextlib.contextmanager
@@ -88,8 +90,13 @@ def _temporary(path: Path) -> Path:
 
 
 def _start_of(path: Path) -> str:
-    """What temporary names share with that of `path`: a file name has 255 bytes at most."""
-    return os.fsencode(path.stem)[:_STEM_BYTES].decode(errors="ignore")
+    """What temporary names have of a file's: its stem; of a long one, the start and a digest."""
+    name = os.fsencode(path.stem)
+    room = _NAME_BYTES - _ADDED_BYTES - len(os.fsencode(path.suffix))
+    if len(name) <= room:
+        return path.stem
+    digest = hashlib.sha256(name).hexdigest()[:16]
+    return name[: max(0, room - 17)].decode(errors="ignore") + f".{digest}"
 
 
 def write_text(path: str | Path, text: str) -> None:

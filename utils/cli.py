@@ -114,6 +114,11 @@ def positive_int(text: str) -> int:
     return int(_number(text, lambda value: value >= 1, "a whole number, at least 1", int))
 
 
+def natural_int(text: str) -> int:
+    """`type=` of an option that takes a whole number from 0 on."""
+    return int(_number(text, lambda value: value >= 0, "a whole number, at least 0", int))
+
+
 def _number(
     text: str,
     is_good: Callable[[float], bool],

@@ -13,7 +13,6 @@ from engine.budget import OriginalCost
 from engine.conventions import Conventions
 from engine.demo.compare_job import CompareJob
 from engine.demo.enlarge import Enlarger
-from engine.demo.files import find_inputs, prepare_folder, result_stems
 from engine.demo.jobs import Done, Setting, run_batch
 from engine.demo.models import load_demo_original, load_demo_pcsr
 from engine.demo.report import comparison_table
@@ -21,6 +20,7 @@ from engine.demo.upscale_job import UpscaleJob
 from engine.demo.words import check_words
 from engine.evaluation import Figures, mean_of
 from engine.inference_words import routing_from
+from engine.picture_files import find_inputs, prepare_folder, result_stems
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.sharing import PATIENCE, shared_out

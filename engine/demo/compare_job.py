@@ -7,9 +7,9 @@ import numpy as np
 
 from engine.conventions import Conventions
 from engine.demo.compare import Comparison, compare
-from engine.demo.files import prepare_folder
 from engine.demo.jobs import Done, Setting, memory_named
 from engine.demo.report import comparison_table, describe_shares
+from engine.picture_files import prepare_folder
 from engine.restore import OriginalRestorer
 from utils.atomic import write_text
 from utils.errors import UserError

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from engine.demo.files import check_fits, first_free
 from engine.demo.jobs import Done, Setting, memory_named
 from engine.demo.report import describe_shares
 from engine.demo.upscale import output_size, upscale
+from engine.picture_files import check_fits, first_free
 from utils.images import IMAGE_SUFFIXES, Picture, is_one_of, read_picture, write_picture
 
 
