@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from datasets.resize import imresize
+from engine.memory import memory_named
 from engine.restore import Restored
 from engine.samples import EvaluationSet
 from utils.errors import UserError
@@ -105,13 +106,13 @@ class Evaluation:
 @contextlib.contextmanager
 def errors_named(name: str, device: torch.device) -> Iterator[None]:
     """Errors that users can do something about become a UserError with the image's name."""
+    too_large = (
+        f"not enough memory on {device}; patches (without --per_image) and a smaller "
+        f"--patch_batch_size take less"
+    )
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"image {name}: not enough memory on {device}; patches (without --per_image) and a "
-            f"smaller --patch_batch_size take less"
-        ) from error
+        with memory_named(too_large):
+            yield
     except UserError as error:
         raise UserError(f"image {name}: {error}") from error
 

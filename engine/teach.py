@@ -27,6 +27,7 @@ from engine.evaluate_cli import is_pcsr
 from engine.evaluation import Restore
 from engine.inference_words import add_weights_word
 from engine.loading import load_original, load_pcsr
+from engine.memory import memory_named
 from engine.picture_files import prepare_folder, result_stems
 from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.self_ensemble import TURNS, SelfEnsemble, Turns
@@ -186,10 +187,8 @@ def main() -> int:
         try:
             part = window(read_rgb(path), side, args.seed, path.name)
             hr, _ = crop_to_scale(part, teacher.scale, path)
-            pair = teacher.pair(hr)
-        except torch.OutOfMemoryError:
-            failures[path] = f"image {path}: not enough memory: a smaller --window takes less"
-            continue
+            with memory_named(f"image {path}: not enough memory; a smaller --window takes less"):
+                pair = teacher.pair(hr)
         except UserError as error:
             failures[path] = str(error)
             continue
@@ -277,8 +276,9 @@ def _check_same(path: Path, about: dict[str, Any]) -> None:
         return
     what = ", ".join(keys)
     if keys == ["pictures"]:
-        differ = pictures.items() ^ about["pictures"].items()
-        what = f"pictures ({min(differ)[0]} for one)"
+        names = {*pictures, *about["pictures"]}
+        differ = [n for n in names if pictures.get(n) != about["pictures"].get(n)]
+        what = f"pictures ({min(differ)} for one)"
     raise UserError(
         f"the pairs in {path.parent} were made with other {what}: name another --output"
     )

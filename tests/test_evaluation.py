@@ -204,12 +204,30 @@ def test_ranges_of_images_give_the_figures_of_all(folder, pcsr) -> None:
     assert figures(range(3)) == figures(range(0, 1)) + figures(range(1, 3))
 
 
-def test_out_of_memory_names_the_image_and_what_to_do(folder) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(""),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["gpu", "python", "cpu"],
+)
+def test_out_of_memory_names_the_image_and_what_to_do(error: Exception, folder) -> None:
     def fail(lr: Tensor, size: tuple[int, int]) -> Restored:
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     images = EvaluationSet(ImagePaths.of_folders(folder(a=(48, 64))), conventions())
     with pytest.raises(UserError, match=r"a\.png: not enough memory.*patch_batch_size"):
+        Evaluation(images, fail, CPU)(0)
+
+
+def test_other_errors_of_the_device_stay_what_they_are(folder) -> None:
+    def fail(lr: Tensor, size: tuple[int, int]) -> Restored:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    images = EvaluationSet(ImagePaths.of_folders(folder(a=(48, 64))), conventions())
+    with pytest.raises(RuntimeError, match="illegal memory access"):
         Evaluation(images, fail, CPU)(0)
 
 

@@ -203,6 +203,25 @@ def test_a_bad_photograph_does_not_keep_the_others(
     assert (pairs["deep"][0] == 156).all()
 
 
+def test_a_photograph_too_large_for_memory_is_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.teacher("fsrcnn")
+    pair = command.Teacher.pair
+
+    def of_small_ones(teacher: command.Teacher, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if hr.shape[0] > 30:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return pair(teacher, hr)
+
+    monkeypatch.setattr(command.Teacher, "pair", of_small_ones)
+    assert call(monkeypatch, place.words("fsrcnn")) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 4
+    assert all(line.endswith("not enough memory; a smaller --window takes less") for line in errors)
+    assert set(place.pairs()) == {"odd"}
+
+
 def test_a_damaged_note_is_refused(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.conventions import Conventions
 from engine.demo.compare import Comparison, compare
-from engine.demo.jobs import Done, Setting, memory_named
+from engine.demo.jobs import Done, Setting, enlarging
 from engine.demo.report import comparison_table, describe_shares
 from engine.picture_files import prepare_folder
 from engine.restore import OriginalRestorer
@@ -51,7 +51,7 @@ class CompareJob:
             UserError, OSError: a picture that cannot be read, compared or written.
         """
         rgb = _read_hr(path)
-        with memory_named(path):
+        with enlarging(path):
             try:
                 comparison = compare(
                     path.name,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from engine.demo.enlarge import Enlarger
 from engine.evaluation import Figures
+from engine.memory import memory_named
 from engine.sharing import shared_out
 from utils.cli import one_line
 from utils.distributed import World
-from utils.errors import UserError
 from utils.images import read_size
 
 
@@ -103,16 +103,9 @@ def _pixels(path: Path) -> int:
         return 0
 
 
-@contextlib.contextmanager
-def memory_named(path: Path) -> Iterator[None]:
-    """Turn a lack of memory, of whichever kind, into a UserError that names the file."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # On a CPU torch raises a plain RuntimeError ("can't allocate memory").
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        raise UserError(
-            f"image {path}: not enough memory to enlarge it whole; cut it into parts, "
-            f"or use a smaller --pixel_batch_size"
-        ) from error
+def enlarging(path: Path) -> contextlib.AbstractContextManager[None]:
+    """A lack of memory names the file."""
+    return memory_named(
+        f"image {path}: not enough memory to enlarge it whole; cut it into parts, "
+        f"or use a smaller --pixel_batch_size"
+    )

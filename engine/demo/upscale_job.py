@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.demo.jobs import Done, Setting, memory_named
+from engine.demo.jobs import Done, Setting, enlarging
 from engine.demo.report import describe_shares
 from engine.demo.upscale import output_size, upscale
 from engine.picture_files import check_fits, first_free
@@ -45,7 +45,7 @@ class UpscaleJob:
         size = output_size((picture.height, picture.width), self.scale, self.size)
         target, map_target = self._targets(path)
         check_fits(target, size)
-        with memory_named(path):
+        with enlarging(path):
             result = upscale(
                 picture,
                 size,
