@@ -26,6 +26,7 @@ from benchmarks.cases import (
     shown,
 )
 from benchmarks.report import Row, add_ratios, figures_table, ratios_table
+from engine.memory import is_lack_of_memory
 from engine.restore import PcsrRestorer, Restored
 from utils.allocator import keep_freed_blocks
 from utils.cli import one_line
@@ -218,8 +219,7 @@ class Bench:
 
 def _is_expected(error: Exception) -> bool:
     """Whether a case cannot be run here, rather than the program being wrong."""
-    too_large = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-    return isinstance(error, UserError) or too_large
+    return isinstance(error, UserError) or is_lack_of_memory(error)
 
 
 def _followed(steps: Iterable[Step], unit: str) -> Iterable[Step]:

@@ -31,6 +31,7 @@ from benchmarks.training_cases import Case, Setting, cut_sub_images, prepared, p
 from benchmarks.training_report import Row, bars_table, figures_table
 from datasets.cache import CACHES
 from engine.inference_words import add_json_word
+from engine.memory import is_lack_of_memory
 from utils.atomic import write_text
 from utils.cli import (
     Parser,
@@ -219,7 +220,9 @@ def _left_out(case: Case) -> Iterator[None]:
     """Say why a case cannot be run, and go on with the others."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, UserError) and not is_lack_of_memory(error):
+            raise
         print(f"left out: {case}: {one_line(error)}", flush=True)
 
 

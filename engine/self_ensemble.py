@@ -14,6 +14,8 @@ from engine.restore import Restored
 
 Turns = Literal[1, 4, 8]
 TURNS: tuple[Turns, ...] = get_args(Turns)
+# Axes to flip.
+_FLIPS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
 
 
 class SelfEnsemble:
@@ -62,6 +64,3 @@ class SelfEnsemble:
         result = self.restore(lr.flip(axes).contiguous(), (height, width))
         sr = result.sr.flip(axes)
         return replace(result, sr=sr.transpose(-2, -1) if is_transposed else sr)
-
-
-_FLIPS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
