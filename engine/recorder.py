@@ -5,7 +5,8 @@ pictures.
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ class Recorder:
     def validation(
         self, iteration: int, results: Sequence[tuple[float, Sequence[ValidationRow]]]
     ) -> None:
-        """Write validation figures; the time they took does not count as training."""
+        """Write validation figures."""
         for scale, rows in results:
             for row in rows:
                 values = {
@@ -130,11 +131,15 @@ class Recorder:
                 self._write(iteration, key, values, tag, text)
                 if self._writer is not None and row.picture is not None:
                     self._writer.add_image(tag, row.picture, iteration, dataformats="HWC")
-        self.skip_time()
 
-    def skip_time(self) -> None:
-        """What was done since the last iteration does not count as training."""
-        self._since = time.monotonic()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of what is done inside does not count as training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since += time.monotonic() - began
 
     def summary(self) -> str:
         """Log and return the best and the last validation figures, parts before a resume included.

@@ -186,8 +186,8 @@ class Trainer:
                 logger.info("stopped by signal %d: %s", found.signal_number, where)
                 return 128 + found.signal_number
             if step in config.revive:
-                self._revive(step)
-                recorder.skip_time()
+                with recorder.paused():
+                    self._revive(step)
             losses = self._iterate(step, found.batch)
             done = step + 1
             recorder.add(losses, self.state.lr, found.data_s)
@@ -198,7 +198,8 @@ class Trainer:
             if self._is_validated(done) or _is_due(done, config.iter_save, end):
                 self._save(done)
             if self._is_validated(done):
-                self._validate(done, recorder)
+                with recorder.paused():
+                    self._validate(done, recorder)
         recorder.summary()
         self._tell_dead_units()
         logger.info("finished at iteration %d: %s%s", end, self.checkpoints.last_path, self._best())

@@ -18,6 +18,7 @@ from engine.validation_picture import SIDE_PX, panels
 from tests.training import ONE, model_spec
 from utils.colour import class_colours
 from utils.metrics import quantise
+from utils.run_metrics import METRICS_NAME, read_rows
 
 
 def events(folder: Path) -> list[Event]:
@@ -76,6 +77,25 @@ def test_heavy_pixels_are_told_where_there_is_a_choice(
         recorder.validation(1, [(4.0, rows)])
     said = [line.partition(" dB, ")[2] for line in caplog.messages]
     assert said == ["1.00 GFLOPs (paper)", "1.00 GFLOPs (paper), 25.0 % heavy"]
+
+
+def test_a_pause_between_two_lines_takes_nothing_from_the_iterations_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four iterations of 2 s, half of which are data's, with 100 s of something else among them."""
+    now = 50.0
+    monkeypatch.setattr("engine.recorder.time.monotonic", lambda: now)
+    with Recorder(tmp_path, start=0, end=8, batch_size=3) as recorder:
+        for step in range(4):
+            now += 2
+            recorder.add({}, lr=1e-3, data_s=1.0)
+            if step == 2:
+                with recorder.paused():
+                    now += 100
+        recorder.flush(4)
+    (row,), _ = read_rows(tmp_path / METRICS_NAME)
+    assert (row["iterations_per_s"], row["images_per_s"]) == (0.5, 1.5)
+    assert row["data_share"] == 0.5
 
 
 def test_panels_show_the_centre_of_lr_sr_and_classes() -> None:
