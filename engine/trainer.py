@@ -122,7 +122,7 @@ class Trainer:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.state = TrainState(config, self.model, optimizer_spec, start)
-        self.pixel_loss = PixelLoss(config.l2_from).to(self.world.device)
+        self.pixel_loss = PixelLoss(config.l2_from, config.psnr_from).to(self.world.device)
         self.gradients = self._make_gradients()
         save_dir = self.options.save_dir
         self.checkpoints = Checkpoints(
@@ -358,14 +358,17 @@ class Trainer:
             self.start.iteration,
             self.config.iter_max,
         )
-        l2_from = self.config.l2_from
         late = [step for step in self.config.revive if step >= self.config.iter_max]
         if late:
             logger.warning("`revive`: %s not reached", ", ".join(map(str, late)))
-        if l2_from is not None and l2_from >= self.config.iter_max:
-            logger.warning(
-                "`l2_from: %d` is not reached: pixels are compared by L1 throughout", l2_from
-            )
+        for stage in self.pixel_loss.stages:
+            if stage.start >= self.config.iter_max:
+                logger.warning(
+                    "`%s: %d` is not reached: pixels are never compared by %s",
+                    stage.key,
+                    stage.start,
+                    stage.name,
+                )
 
     def _progress(self) -> tqdm:
         return tqdm(

@@ -111,7 +111,7 @@ def test_a_step_that_waits_for_the_device_is_refused() -> None:
         ("fsrcnn", {}),
         ("carn", {}),
         ("carn", {"ema": 0.9, "grad_clip": 0.3, "nan_skip": 1, "precision": "bf16"}),
-        ("fsrcnn-phase0", {"channels_last": True, "l2_from": 6}),
+        ("fsrcnn-phase0", {"channels_last": True, "l2_from": 6, "psnr_from": 9}),
         ("carn-phase1", {}),
     ],
 )

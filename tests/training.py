@@ -33,6 +33,7 @@ KEYS = {
     "warmup": 3,
     "accumulate": 2,
     "nan_skip": 1,
+    "psnr_from": 1,
     "l2_from": 2,
     "revive": [0, 2],
 }

@@ -74,6 +74,8 @@ class Config:
         l2_from: the first iteration, from 0, in which pixels are compared by L2; None for L1
             always. Values and gradients of L2 are some ten times smaller: `loss_rgb_w` and
             `grad_clip` weigh as much less.
+        psnr_from: likewise for minus the images' mean PSNR, in dB, see `engine.pixel_loss`. What
+            began last is in effect. Its gradients are some hundred times those of L1.
         iter_max, iter_print, iter_val, iter_save: in iterations.
         iter_save_s: save at least this often, in seconds; None for `iter_save` alone.
         scale: the original network's scale.
@@ -114,6 +116,7 @@ class Config:
     loss_rgb_w: float = 1000.0
     loss_avg_w: float = 3.0
     l2_from: int | None = None
+    psnr_from: int | None = None
     iter_max: int = 0
     iter_print: int = 100
     iter_val: int = 0
@@ -193,6 +196,8 @@ def check_config(raw: Mapping[str, Any], name: str) -> Config:
     if raw.get("model") is None:
         raise UserError("config: key `model` is missing")
     values = _check_keys(raw, Config, "", skip=("name", "raw"))
+    if "l2_from" in values and values["l2_from"] == values.get("psnr_from"):
+        raise UserError("config: `l2_from` and `psnr_from` are equal: leave one of them out")
     return Config(name=name, raw=copy.deepcopy(dict(raw)), **values)
 
 
