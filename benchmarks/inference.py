@@ -34,7 +34,7 @@ from benchmarks.cases import (
 from benchmarks.measure import Bench, product_peak
 from benchmarks.report import LEGEND, Row, growth_table
 from engine.budget import OriginalCost
-from engine.inference_words import add_json_word, output_file
+from engine.inference_words import add_json_word
 from utils.allocator import keep_freed_blocks
 from utils.atomic import write_text
 from utils.cli import (
@@ -49,6 +49,7 @@ from utils.device import pick_device, resolve_precision
 from utils.errors import UserError
 from utils.log import set_up
 from utils.machine import describe
+from utils.output_words import png_file
 
 SIZES = ("420x276", "480x270", "960x540", "1920x1080")
 ROUTINGS = ("k0", "k1", "adm", "heavy", "light", "budget:0.7")
@@ -146,7 +147,7 @@ def _add_measuring(parser: Parser) -> None:
     add_json_word(parser)
     parser.add_argument(
         "--plot",
-        type=output_file,
+        type=png_file,
         metavar="PNG",
         help="Also plot PSNR against executed FLOPs and against time, on --hr_data; the figures "
         "go to a JSON file of the same name.",

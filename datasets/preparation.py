@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 from datasets.resize import imresize, imresize_uint8
 from datasets.wrappers import LR_MODES
-from utils.atomic import write_text
-from utils.cli import Parser
+from utils.atomic import replace_file, write_text
+from utils.cli import Parser, positive_int
 from utils.errors import UserError
 from utils.images import Picture, encode_picture, list_images, to_array, to_tensor
 
@@ -81,7 +80,11 @@ def make_parser(description: str, example: str, images: str) -> Parser:
     )
     parser.add_argument("--input", required=True, metavar="DIR", help=f"Folder of {images}.")
     parser.add_argument(
-        "--workers", type=int, default=_cpu_count(), metavar="N", help="Number of processes."
+        "--workers",
+        type=positive_int,
+        default=_cpu_count(),
+        metavar="N",
+        help="Number of processes.",
     )
     parser.add_argument(
         "--overwrite",
@@ -94,7 +97,11 @@ def make_parser(description: str, example: str, images: str) -> Parser:
 def add_lr_words(parser: argparse.ArgumentParser) -> None:
     """``--scale`` and ``--lr_mode``."""
     parser.add_argument(
-        "--scale", type=int, default=4, metavar="S", help="HR size per LR size, a whole number."
+        "--scale",
+        type=positive_int,
+        default=4,
+        metavar="S",
+        help="HR size per LR size, a whole number.",
     )
     parser.add_argument(
         "--lr_mode",
@@ -143,6 +150,8 @@ def claim_output(output: str | Path, source: str | Path, settings: dict[str, Any
     record = output / _RECORD
     try:
         noted = json.loads(record.read_text(encoding="utf-8")) if record.exists() else settings
+        if not isinstance(noted, dict):
+            raise ValueError("no object")
     except ValueError as error:
         raise UserError(f"{record} is damaged; delete it to go on") from error
     for key in sorted(settings.keys() | noted.keys()):
@@ -163,14 +172,8 @@ def write_outputs(outputs: Iterable[tuple[Path, np.ndarray]]) -> None:
     """
     for path, rgb in outputs:
         data = encode_picture(Picture(rgb), path)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
+        with replace_file(path, sync=False) as temporary:
             temporary.write_bytes(data)
-            temporary.replace(path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def missing(paths: Sequence[Path], overwrite: bool) -> list[Path]:

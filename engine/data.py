@@ -17,11 +17,14 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 import datasets
 from datasets.batches import DeviceBatches, NotOnDevice
+from datasets.pairing import common_size
 from datasets.sampling import IterationBatchSampler
+from datasets.wrappers import SRImplicitPaired
 from engine.skipped import SkippedImages
 from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
+from utils.images import read_size
 
 Batch = dict[str, Tensor]
 
@@ -192,7 +195,7 @@ def _with_plain_errors(iterator: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def validation_sets(data: DataConfig) -> list[tuple[float, Dataset]]:
-    """(scale, samples) of every validation scale; the scale is 0 where the pairs decide it.
+    """(scale, samples) of every validation scale; the scale is 0 where nothing tells it.
 
     Damaged images are never skipped: figures without them would look like any other.
 
@@ -203,11 +206,21 @@ def validation_sets(data: DataConfig) -> list[tuple[float, Dataset]]:
     if data.wrapper.get("name") != "sr-implicit-downsampled":
         if len(data.scales) > 1:
             raise UserError("config: `valid_dataset.scales`: pairs on disk have one scale")
-        return [((data.scales or [0.0])[0], _load(make_samples(data, "valid_dataset")))]
+        pairs = _load(make_samples(data, "valid_dataset"))
+        return [(data.scales[0] if data.scales else _scale_of(pairs), pairs)]
     if not data.scales:
         samples: Any = _load(make_samples(data, "valid_dataset"))
         return [(samples.highest_scale, samples)]
     return [(s, _load(make_samples(data, "valid_dataset", scale=s))) for s in data.scales]
+
+
+def _scale_of(samples: Dataset) -> float:
+    """Of pairs on disk, that of the first; 0 of other samples."""
+    if not isinstance(samples, SRImplicitPaired):
+        return 0.0
+    pair = samples.dataset.hr_paths[0], samples.dataset.lr_paths[0]
+    hr_size, lr_size = (read_size(path) for path in pair)
+    return float(common_size(hr_size, lr_size, pair[0].name)[0])
 
 
 def rank_share(samples: Dataset, world: World) -> Iterator[tuple[int, Batch]]:

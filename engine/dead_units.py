@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from engine.data import Batch, TrainBatches
-from engine.inference_words import add_weights_word, output_file
+from engine.inference_words import add_weights_word
 from engine.loading import load_model
 from engine.train_checks import check_scale
 from engine.unit_probe import PATCHES, Probe, count
@@ -33,6 +33,7 @@ from utils.device import pick_device
 from utils.distributed import World
 from utils.errors import UserError
 from utils.log import set_up
+from utils.output_words import new_weights_file
 
 _SEED = 0
 
@@ -51,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add_device_words(parser)
     parser.add_argument(
         "--output",
-        type=_new_weights_file,
+        type=new_weights_file,
         metavar="PATH",
         help="Write the weights with dead units made new: random incoming weights, zeros as "
         "outgoing ones, so that the network's output stays. A run that starts from them (--init) "
@@ -62,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
         type=positive_int,
         default=PATCHES,
         metavar="N",
-        help=f"Training patches to look at, in whole batches. Default: {PATCHES}.",
+        help="Training patches to look at, in whole batches.",
     )
     return parser.parse_args()
 
@@ -116,15 +117,6 @@ def _write(output: Path, source: Path, config: Config, network: nn.Module) -> No
     output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(output, {"model": model, "iter": checkpoint.get("iter", 0)})
     print(f"{output}: the same with new weights for them, to start training from (--init)")
-
-
-def _new_weights_file(text: str) -> Path:
-    path = output_file(text)
-    if path.suffix.lower() != ".pth":
-        raise argparse.ArgumentTypeError(f"expected a name that ends in .pth, not `{text}`")
-    if path.exists():
-        raise argparse.ArgumentTypeError(f"{text} exists: name a new file")
-    return path
 
 
 if __name__ == "__main__":

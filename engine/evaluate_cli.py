@@ -1,6 +1,7 @@
 """The command line of test.py and test_pcsr.py."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from utils.errors import UserError
 from utils.log import set_up
 from utils.machine import peak_memory_bytes, reset_peak_memory
 from utils.metrics import PsnrType
+
+_log = logging.getLogger(__name__)
 
 # Takes a line of a table.
 Write = Callable[[str], None]
@@ -103,9 +106,8 @@ def make_parser(description: str, example: str) -> Parser:
     parser.add_argument(
         "--lr_mode",
         choices=LR_MODES,
-        default="float",
-        help="How LR is made: float is not rounded, as in the published figures; uint8 makes the "
-        "benchmark LR images in circulation.",
+        help="How LR is made: float, the default, is not rounded, as in the published figures; "
+        "uint8 makes the benchmark LR images in circulation.",
     )
     parser.add_argument(
         "--per_image",
@@ -121,9 +123,8 @@ def make_parser(description: str, example: str) -> Parser:
     parser.add_argument(
         "--patch_batch_size",
         type=positive_int,
-        default=PATCH_BATCH_SIZE,
         metavar="N",
-        help="Patches that go through the network at once.",
+        help=f"Patches that go through the network at once. Default: {PATCH_BATCH_SIZE}.",
     )
     parser.add_argument(
         "--psnr_type",
@@ -261,8 +262,10 @@ def _patches(args: argparse.Namespace, config: Config) -> Patches | None:
             f"config: `step` {config.step} leaves gaps between patches of {config.patch_size}"
         )
     if args.per_image:
+        if args.patch_batch_size is not None:
+            _log.warning("--patch_batch_size changes nothing: images are run whole (--per_image)")
         return None
-    return Patches(config.patch_size, config.step, args.patch_batch_size)
+    return Patches(config.patch_size, config.step, args.patch_batch_size or PATCH_BATCH_SIZE)
 
 
 def _check_scale(patches: Patches, scale: float) -> None:
@@ -278,6 +281,8 @@ def _check_scale(patches: Patches, scale: float) -> None:
 def _conventions(
     args: argparse.Namespace, config: Config, subject: Subject, *, has_lr: bool
 ) -> Conventions:
+    if has_lr and args.lr_mode is not None:
+        _log.warning("--lr_mode changes nothing: LR images are given")
     made: LrSource = "bicubic uint8" if args.lr_mode == "uint8" else "bicubic float"
     return Conventions(
         scale=subject.scale,

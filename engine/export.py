@@ -24,7 +24,6 @@ from engine.evaluate_cli import is_pcsr
 from engine.inference_words import (
     add_weights_word,
     check_upsampler,
-    output_file,
     upsampler_index,
 )
 from engine.loading import load_original, load_pcsr
@@ -37,6 +36,7 @@ from utils.cli import Parser, add_config_words, one_line, positive_int, run
 from utils.config import Config, load_config
 from utils.errors import UserError
 from utils.flops import PcsrCost
+from utils.output_words import onnx_file
 
 OPSET = 18
 _NEEDED = ("onnx", "onnxscript")
@@ -230,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     add_config_words(parser)
     add_weights_word(parser)
     parser.add_argument(
-        "--output", required=True, type=_onnx_file, metavar="ONNX", help="The file to write."
+        "--output", required=True, type=onnx_file, metavar="ONNX", help="The file to write."
     )
     parser.add_argument(
         "--scale",
@@ -295,13 +295,6 @@ def _original(weights: Path, config: Config, args: argparse.Namespace) -> Export
 
 def _backbone(spec: dict[str, Any]) -> str:
     return str((spec.get("args") or {}).get("encoder_spec", spec)["name"])
-
-
-def _onnx_file(text: str) -> Path:
-    path = output_file(text)
-    if path.suffix.lower() != ".onnx":
-        raise argparse.ArgumentTypeError(f"expected a name that ends in .onnx, not `{text}`")
-    return path
 
 
 if __name__ == "__main__":

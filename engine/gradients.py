@@ -1,6 +1,7 @@
 """The gradient of one iteration, over all micro-batches of all processes."""
 
 import contextlib
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from engine.captured import CapturedStep, Compute, Step
 from engine.microbatches import Meeting
 from utils.distributed import World, sum_over_ranks
 from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
 Objective = Callable[[Tensor, Tensor], Losses]
@@ -75,6 +78,7 @@ class BatchGradients:
         self._threads = torch.get_num_threads()
         if rounds > 1:
             _check_rounds(objective, rounds, batch_size, world)
+        asked = microbatches
         if microbatches is None:
             microbatches = DEFAULT_MICROBATCHES if precision == "fp32" else 1
         self._count = world.size
@@ -82,7 +86,15 @@ class BatchGradients:
         if world.device.type == "cpu" and microbatches > 1:
             count = math.gcd(batch_size // rounds, microbatches)
             self._count = count if count % world.size == 0 else world.size
-            self._own = self._count // world.size
+            if asked and self._count != asked:
+                logger.warning(
+                    "`microbatches: %d` does not go into parts of %d samples: there are %d",
+                    asked,
+                    batch_size // rounds,
+                    self._count,
+                )
+            # In one piece a batch has all threads, but for ranks that add up theirs.
+            self._own = self._count // world.size if self._count > 1 else 0
         parties = max(self._own, 1)
         self._meeting = Meeting(parties, min(parties, self._threads), rounds)
         self._rehearses = rounds > 1

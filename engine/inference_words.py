@@ -8,16 +8,13 @@ from engine.budget import Budget, BudgetPlan, OriginalCost
 from engine.engines import ENGINES
 from models.reference import PIXEL_BATCH_SIZE
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing, check_adaptive
-from utils.atomic import is_device, obstacle
 from utils.cli import finite_float, positive_int
 from utils.errors import UserError
-from utils.images import IMAGE_SUFFIXES
+from utils.output_words import json_file
 
 _log = logging.getLogger(__name__)
 
 _HEAVIEST = -1
-# Named by mistake, a picture, weights or a config would be lost.
-_NOT_JSON = (*IMAGE_SUFFIXES, ".pth", ".pt", ".yaml", ".yml")
 
 
 def add_weights_word(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +32,7 @@ def add_json_word(parser: argparse.ArgumentParser) -> None:
     """``--json``."""
     parser.add_argument(
         "--json",
-        type=_json_file,
+        type=json_file,
         metavar="PATH",
         help="Also write every number to this file.",
     )
@@ -80,7 +77,8 @@ def add_routing_words(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=PIXEL_BATCH_SIZE,
         metavar="N",
-        help="At most this many pixels go through an upsampler at once: fewer take less memory.",
+        help="At most this many pixels go through an upsampler at once, in the reference engine "
+        "and in plain torch: fewer take less memory. Compiled kernels need no such limit.",
     )
     parser.add_argument(
         "--engine",
@@ -150,27 +148,6 @@ def check_exclusive(args: argparse.Namespace) -> None:
         given.append("--k")
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} contradict each other")
-
-
-def output_file(text: str) -> Path:
-    """`type=` of an option that names a file to write: refused at once, not after all the work."""
-    path = Path(text)
-    if is_device(path):
-        raise argparse.ArgumentTypeError(f"`{text}` is a device or a pipe: name a file")
-    if text in ("", "-") or path.is_dir():
-        raise argparse.ArgumentTypeError(f"`{text}` is no file name")
-    if (there := obstacle(path.parent)) is not None:
-        raise argparse.ArgumentTypeError(f"cannot write {path}: {there} is not a writable folder")
-    return path
-
-
-def _json_file(text: str) -> Path:
-    if is_device(path := Path(text)):
-        return path
-    path = output_file(text)
-    if path.suffix.lower() in _NOT_JSON:
-        raise argparse.ArgumentTypeError(f"`{text}` is the name of another kind of file")
-    return path
 
 
 def upsampler_index(text: str) -> int:

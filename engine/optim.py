@@ -137,6 +137,16 @@ class CosineRestart:
                 f"config: `lr_scheduler.args`: `restarts` has {len(restarts)} entries and "
                 f"`weights` {len(weights)}: one weight per restart"
             )
+        lowest = min(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+        if not 0 <= eta_min <= lowest:
+            raise UserError(
+                f"config: `lr_scheduler.args.eta_min` must be from 0 to the optimizer's lr, "
+                f"{lowest:g}, not {eta_min:g}"
+            )
+        if not all(weight > 0 for weight in weights):
+            raise UserError(
+                f"config: `lr_scheduler.args.weights` must be above 0, not {list(weights)}"
+            )
         self.optimizer = optimizer
         self.periods = list(T_period)
         self.restarts = [r + 1 for r in restarts]

@@ -5,15 +5,15 @@ pictures.
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from torch import Tensor
 
+from engine.events import Events
 from engine.validation import BY_CLASSIFIER, ValidationRow
 from utils.atomic import write_text
 from utils.metrics import json_number
@@ -40,17 +40,26 @@ class Recorder:
         start: iterations done before; what the files hold of later ones is dropped.
         end: the last iteration, for the time that is left.
         batch_size: over all ranks.
+        means: what :meth:`means_so_far` gave to the checkpoint that is resumed, if any.
     """
 
-    def __init__(self, folder: Path | None, *, start: int, end: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        start: int,
+        end: int,
+        batch_size: int,
+        means: Mapping[str, Any] | None = None,
+    ) -> None:
         self._folder = folder
         self._start = start
         self._end = end
         self._batch_size = batch_size
-        self._writer: SummaryWriter | None = None
-        self._sums: dict[str, Tensor] = {}
+        self._events: Events | None = None
+        self._sums: dict[str, Tensor] = dict(means["sums"]) if means else {}
         self._count = 0
-        self._averaged = 0
+        self._averaged: int = means["averaged"] if means else 0
         self._data_s = 0.0
         self._lr = 0.0
         self._since = time.monotonic()
@@ -59,13 +68,13 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         if self._folder is not None:
             _trim(self._folder / METRICS_NAME, self._start)
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._start + 1)
+            self._events = Events(self._folder, purge_step=self._start + 1)
         self._since = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
 
     def add(self, losses: dict[str, Tensor], lr: float, data_s: float) -> None:
         """Note one iteration and how long this rank's data took; nothing is read from the device.
@@ -78,6 +87,10 @@ class Recorder:
         self._averaged += bool(losses)
         self._data_s += data_s
         self._lr = lr
+
+    def means_so_far(self) -> dict[str, Any]:
+        """What a resumed run needs, so that its next line is that of an undisturbed one."""
+        return {"sums": {n: v.cpu() for n, v in self._sums.items()}, "averaged": self._averaged}
 
     def flush(self, iteration: int) -> str:
         """Write the means since the last call; returns them in short, for a progress bar."""
@@ -129,8 +142,8 @@ class Recorder:
                 key = {"kind": "valid", "scale": scale, "name": row.name}
                 tag = f"valid_x{scale:g}_{row.name}"
                 self._write(iteration, key, values, tag, text)
-                if self._writer is not None and row.picture is not None:
-                    self._writer.add_image(tag, row.picture, iteration, dataformats="HWC")
+                if self._events is not None and row.picture is not None:
+                    self._events.add_image(tag, row.picture, iteration)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -171,11 +184,11 @@ class Recorder:
     def _write(
         self, iteration: int, key: dict[str, Any], values: dict[str, float], tag: str, text: str
     ) -> None:
-        if self._folder is None or self._writer is None:
+        if self._folder is None or self._events is None:
             return
         logger.info("%s", text)
         for name, value in values.items():
-            self._writer.add_scalar(f"{tag}/{name}", value, iteration)
+            self._events.add_scalar(f"{tag}/{name}", value, iteration)
         numbers = {name: json_number(value) for name, value in values.items()}
         row = json.dumps({"iteration": iteration, **key, **numbers})
         with (self._folder / METRICS_NAME).open("a", encoding="utf-8") as file:
@@ -186,7 +199,9 @@ def _trim(path: Path, last: int) -> None:
     """Drop the rows of iterations after `last`, which will come again, and broken rows."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
     kept = [line for line in lines if (row := parse_row(line)) and row["iteration"] <= last]
-    if kept != lines:
+    # A last row without its end would be spoilt by the next one.
+    if kept != lines or not text.endswith("\n"):
         write_text(path, "".join(f"{line}\n" for line in kept))

@@ -119,7 +119,8 @@ def _log_changes(config: Config, start: Start, earlier: Config | None) -> None:
     if saved.get("seed") is not None:
         changes += _differences({"seed": saved["seed"]}, {"seed": start.seed})
     if earlier is not None:
-        known = {*now, "seed", "raw"}
+        # `init` is for new runs.
+        known = {*now, "seed", "raw", "init"}
         values = [dataclasses.asdict(each) for each in (earlier, config)]
         before, after = ({k: v for k, v in each.items() if k not in known} for each in values)
         changes += _differences(before, after)

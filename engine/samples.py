@@ -14,6 +14,7 @@ import datasets
 from datasets.folders import ImageFolder, PairedImageFolders, pair_by_name
 from datasets.wrappers import crop_to_scale, downsample
 from engine.conventions import Conventions
+from engine.memory import memory_named
 from utils.config import DataConfig
 from utils.errors import UserError
 from utils.images import list_images, read_rgb, read_size, to_tensor
@@ -100,7 +101,17 @@ class EvaluationSet:
         self.conventions = conventions
         self.hr_paths = paths.hr
         self.lr_paths = paths.lr
-        self.hr_pixels = [math.prod(self._checked_size(index)) for index in range(len(self))]
+        sizes, problems = [], {}
+        for index, path in enumerate(self.hr_paths):
+            try:
+                sizes.append(self._checked_size(index))
+            except UserError as error:
+                problems[path.name] = str(error)
+        if problems:
+            _, *others = problems
+            more = f"; nor will do {', '.join(others)}" if others else ""
+            raise UserError(f"{next(iter(problems.values()))}{more}")
+        self.hr_pixels = [math.prod(size) for size in sizes]
 
     @property
     def names(self) -> list[str]:
@@ -112,6 +123,10 @@ class EvaluationSet:
 
     def __getitem__(self, index: int) -> EvaluationSample:
         path = self.hr_paths[index]
+        with memory_named(f"image {path}: not enough memory to read it and to make its LR"):
+            return self._sample(index, path)
+
+    def _sample(self, index: int, path: Path) -> EvaluationSample:
         hr, size = crop_to_scale(read_rgb(path), self.conventions.scale, path)
         if self.lr_paths is None:
             lr = downsample(

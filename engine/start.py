@@ -1,5 +1,6 @@
 """Where a training run starts: anew, from given weights, or at a checkpoint."""
 
+import logging
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.run_metrics import METRICS_NAME, has_validation
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -20,11 +23,13 @@ class TrainOptions:
         save_dir: folder of the run.
         resume: "auto" (continue where `save_dir` stands), "never", or a checkpoint's path.
         init: the weights to start from; None for the config's.
+        started_again: by the launcher, after a process died.
     """
 
     save_dir: Path
     resume: str = "auto"
     init: str | None = None
+    started_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Start:
         """Whether it goes on with the run in `folder`."""
         if not self.resumes or self.path is None:
             return False
-        return self.path.resolve().parent == folder.resolve()
+        # Of the name: what it is a link to may lie anywhere.
+        return self.path.parent.resolve() == folder.resolve()
 
 
 def find_start(config: Config, options: TrainOptions) -> Start:
@@ -64,6 +70,12 @@ def find_start(config: Config, options: TrainOptions) -> Start:
     """
     found = _checkpoint_to_resume(options)
     if found is not None:
+        if options.init is not None and not options.started_again:
+            _log.warning(
+                "--init %s plays no part: the run goes on from %s (--resume never starts anew)",
+                options.init,
+                found[0],
+            )
         return _resumed(config, *found)
     seed = secrets.randbits(31) if config.seed is None else config.seed
     path = _weights_to_begin_with(config, options)

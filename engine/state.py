@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.ema import Ema
 from engine.optim import OPTIMIZERS, SCHEDULERS, WarmUp, load_optimizer
 from engine.start import Start
-from utils.checkpoint import load_phase0, load_weights, weights_for_inference
+from utils.checkpoint import check_same_norm, load_phase0, load_weights, weights_for_inference
 from utils.config import Config
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,8 @@ class TrainState:
         return {**content, "iter": done, "seed": self._seed, "rng": torch.get_rng_state()}
 
     def _load(self, start: Start, checkpoint: Mapping[str, Any], path: Path) -> None:
+        if self._config.data_norm is not None:
+            check_same_norm(self.model, checkpoint["model"]["sd"], path)
         if not start.resumes:
             load = load_weights if self._config.phase is None else load_phase0
             load(self.model, weights_for_inference(checkpoint), path)

@@ -10,7 +10,6 @@ import torch
 
 from engine.budget import OriginalCost
 from engine.evaluation import errors_named
-from engine.inference_words import output_file
 from engine.report import followed
 from engine.restore import PcsrRestorer
 from engine.samples import EvaluationSet
@@ -20,6 +19,7 @@ from engine.sweep_report import print_table, to_json, write_plot
 from utils.distributed import World
 from utils.errors import UserError
 from utils.images import is_one_of, list_images
+from utils.output_words import png_file
 from utils.plotting import check_plotting
 
 # What a sweep decides itself, or has no use for.
@@ -43,7 +43,7 @@ def add_sweep_words(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plot",
-        type=output_file,
+        type=png_file,
         metavar="PNG",
         help="With --sweep: draw the curves to this file (needs matplotlib).",
     )

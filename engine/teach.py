@@ -185,9 +185,9 @@ def main() -> int:
             before += 1
             continue
         try:
-            part = window(read_rgb(path), side, args.seed, path.name)
-            hr, _ = crop_to_scale(part, teacher.scale, path)
             with memory_named(f"image {path}: not enough memory; a smaller --window takes less"):
+                part = window(read_rgb(path), side, args.seed, path.name)
+                hr, _ = crop_to_scale(part, teacher.scale, path)
                 pair = teacher.pair(hr)
         except UserError as error:
             failures[path] = str(error)

@@ -56,11 +56,12 @@ def main(parser: Parser, check: Callable[[Config], None]) -> int:
         config = together(lambda: _load(args, check))
         save_dir = args.save_dir or Path("save") / config.name
         # Started again by torchrun, a run goes on, whatever its first start was told.
-        resume = "auto" if is_of_this_launch(save_dir / LAST_NAME) else args.resume
+        started_again = is_of_this_launch(save_dir / LAST_NAME)
         options = TrainOptions(
             save_dir=save_dir,
-            resume=resume,
+            resume="auto" if started_again else args.resume,
             init=args.init,
+            started_again=started_again,
         )
         return train(config, options, current)
 

@@ -1,10 +1,11 @@
 """The training loop that originals and both PCSR phases share."""
 
+import contextlib
 import logging
 import sys
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -16,6 +17,7 @@ from engine.compiled import compiled
 from engine.data import Batch, TrainBatches, to_device, validation_sets
 from engine.divergence import Divergence, first_not_finite
 from engine.gradients import BatchGradients, Losses
+from engine.memory import memory_named
 from engine.objectives import make_objective
 from engine.pixel_loss import PixelLoss
 from engine.recorder import Recorder
@@ -43,8 +45,16 @@ from utils.distributed import (
     together,
 )
 from utils.errors import UserError
+from utils.lock import locked
 
 logger = logging.getLogger(__name__)
+
+
+# A batch takes the most.
+_TOO_LITTLE_MEMORY = (
+    "not enough memory to train: compute a batch in parts (`accumulate: 2` or more), or lower "
+    "`train_dataset.batch_size`; pictures in memory (`cache`) take some, too"
+)
 
 
 class _Next(NamedTuple):
@@ -72,12 +82,19 @@ def train(config: Config, options: TrainOptions, world: World) -> int:
     Raises:
         UserError: anything that the user can put right.
     """
-    start = on_main(lambda: find_start(config, options))
-    if on_main(lambda: is_complete(config, options, start)):
-        logger.info("nothing to do: finished at iteration %d", start.iteration)
-        return 0
-    on_main(lambda: check_place(options.save_dir))
-    return Trainer(config, options, world, start).run()
+    with contextlib.ExitStack() as stack:
+        together(lambda: stack.enter_context(locked(options.save_dir)) if world.is_main else None)
+        start = on_main(lambda: find_start(config, options))
+        if on_main(lambda: is_complete(config, options, start)):
+            logger.info(
+                "nothing to do: finished at iteration %d; a larger `iter_max` goes on from there, "
+                "--resume never starts anew",
+                start.iteration,
+            )
+            return 0
+        on_main(lambda: check_place(options.save_dir))
+        with memory_named(_TOO_LITTLE_MEMORY):
+            return Trainer(config, options, world, start).run()
 
 
 class Trainer:
@@ -106,7 +123,9 @@ class Trainer:
         ):
             self._catch_up(recorder)
             if self.start.iteration >= self.config.iter_max:
-                self._save(self.start.iteration)  # where the newest checkpoint was damaged
+                self._save(
+                    self.start.iteration, recorder
+                )  # where the newest checkpoint was damaged
             return self._loop(stop, recorder, bar)
 
     def _build(self) -> None:
@@ -180,7 +199,7 @@ class Trainer:
             found = self._next_batch(stop.number)
             # Never untrained weights: in their place, released ones are taken.
             if step > 0 and (found.signal_number or found.overdue):
-                self._save(step)
+                self._save(step, recorder)
             if found.signal_number:
                 where = f"saved at iteration {step}" if step else "before the first iteration"
                 logger.info("stopped by signal %d: %s", found.signal_number, where)
@@ -196,7 +215,7 @@ class Trainer:
                 bar.set_postfix_str(recorder.flush(done))
             # Before a validation, too: it may take longer than who ends the run will wait.
             if self._is_validated(done) or _is_due(done, config.iter_save, end):
-                self._save(done)
+                self._save(done, recorder)
             if self._is_validated(done):
                 with recorder.paused():
                     self._validate(done, recorder)
@@ -308,7 +327,10 @@ class Trainer:
                 world=self.world,
             )
         psnr = results[0][1][0].psnr
-        together(lambda: self._write_best(done, psnr) if self.world.is_main else None)
+        content = self._content(done, recorder)
+        together(
+            lambda: self.checkpoints.save_if_best(content, psnr) if self.world.is_main else None
+        )
         recorder.validation(done, results)
 
     def _catch_up(self, recorder: Recorder) -> None:
@@ -318,19 +340,19 @@ class Trainer:
         if due and not on_main(lambda: recorder.has_validation(done)):
             self._validate(done, recorder)
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, recorder: Recorder) -> None:
         if done == self._saved_iteration:
             return
         self._saved_iteration = done
-        together(lambda: self._write(done) if self.world.is_main else None)
+        together(lambda: self._write(done, recorder) if self.world.is_main else None)
         self._saved_at = time.monotonic()
 
-    def _write(self, done: int) -> None:
+    def _write(self, done: int, recorder: Recorder) -> None:
         self.divergence.check_weights(done)
-        self.checkpoints.save(self.state.content(done))
+        self.checkpoints.save(self._content(done, recorder))
 
-    def _write_best(self, done: int, psnr: float) -> None:
-        self.checkpoints.save_if_best(self.state.content(done), psnr)
+    def _content(self, done: int, recorder: Recorder) -> dict[str, Any]:
+        return {**self.state.content(done), "means": recorder.means_so_far()}
 
     def _best(self) -> str:
         best = self.checkpoints.best
@@ -361,6 +383,12 @@ class Trainer:
         late = [step for step in self.config.revive if step >= self.config.iter_max]
         if late:
             logger.warning("`revive`: %s not reached", ", ".join(map(str, late)))
+        if self.config.warmup > self.config.iter_max:
+            logger.warning(
+                "`warmup: %d` is longer than the run: the learning rate never gets as high as the "
+                "schedule's",
+                self.config.warmup,
+            )
         for stage in self.pixel_loss.stages:
             if stage.start >= self.config.iter_max:
                 logger.warning(
@@ -381,11 +409,13 @@ class Trainer:
         )
 
     def _recorder(self) -> Recorder:
+        resumed = self.start.checkpoint if self.start.resumes else None
         return Recorder(
             self.options.save_dir if self.world.is_main else None,
             start=self.start.iteration,
             end=self.config.iter_max,
             batch_size=self.data.batch_size,
+            means=(resumed or {}).get("means"),
         )
 
 

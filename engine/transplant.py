@@ -20,13 +20,17 @@ from utils.checkpoint import load_checkpoint, save_checkpoint, weights_for_infer
 from utils.cli import Parser, run
 from utils.config import load_config
 from utils.errors import UserError
+from utils.output_words import new_weights_file
 
 # Where PCSR keeps its backbone, in specs and in state dicts.
 _SPEC, _PREFIX = "encoder_spec", "encoder."
 
 
 def transplanted(
-    spec: Mapping[str, Any], state: Mapping[str, Tensor], source: str | Path
+    spec: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    data_norm: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model that `spec` describes, new but for the backbone, which is the one in `state`.
 
@@ -34,11 +38,12 @@ def transplanted(
         spec: ``{name, args}`` of an original network or of PCSR.
         state: state dict of either.
         source: what to call `state` in errors.
+        data_norm: the new model's; None for its backbone's default.
 
     Raises:
         UserError: the backbones differ in more than the number of RCAN's blocks.
     """
-    model = models.make(spec)
+    model = models.make(spec, data_norm=data_norm)
     prefix = _PREFIX if _SPEC in spec["args"] else ""
     own_spec = spec["args"].get(_SPEC, spec)
     backbone = models.make({**own_spec, "args": {**own_spec["args"], "no_upsampling": True}})
@@ -75,14 +80,18 @@ def main() -> None:
         "--config", required=True, metavar="YAML", help="Config of the model to begin with."
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="PTH", help="Checkpoint to write."
+        "--out",
+        required=True,
+        type=new_weights_file,
+        metavar="PTH",
+        help="Checkpoint to write, a new file.",
     )
     args = parser.parse_args()
     config = load_config(args.config)
     if config.seed is not None:
         torch.manual_seed(config.seed)
     state = weights_for_inference(load_checkpoint(args.weights))
-    model = transplanted(config.model, state, args.weights)
+    model = transplanted(config.model, state, args.weights, config.data_norm)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(args.out, {"model": {**config.model, "sd": model.state_dict()}, "iter": 0})
     print(f"{args.out}: {config.model['name']} with the backbone of {args.weights}")

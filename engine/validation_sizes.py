@@ -3,7 +3,7 @@
 Sizes are (H, W) and (h, w) in pixels.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def check_validation_images(sets: Iterable[tuple[float, Dataset]], model: nn.Mod
         if isinstance(samples, SRImplicitDownsampled):
             images = _downsampled(samples, size_of)
         elif isinstance(samples, SRImplicitPaired):
-            images = _paired(samples, size_of, set_scale or own_scale)
+            images = _paired(samples, size_of, (set_scale, own_scale))
         else:
             continue
         for image in images:
@@ -77,14 +77,17 @@ def _downsampled(samples: SRImplicitDownsampled, size_of: _SizeOf) -> Iterator[_
             yield _Image(path, scale, (hr_side, hr_side), (side, side))
 
 
-def _paired(samples: SRImplicitPaired, size_of: _SizeOf, wanted: float) -> Iterator[_Image]:
+def _paired(
+    samples: SRImplicitPaired, size_of: _SizeOf, wanted: Sequence[float]
+) -> Iterator[_Image]:
     side = samples.inp_size
     for path, lr_path in zip(samples.dataset.hr_paths, samples.dataset.lr_paths, strict=True):
         scale, lr_size = common_size(size_of(path), size_of(lr_path), path.name)
-        if wanted not in (0, scale):
-            raise UserError(
-                f"validation image {path} is {scale} times its LR {lr_path.name}, not {wanted:g}"
-            )
+        for other in wanted:
+            if other not in (0, scale):
+                raise UserError(
+                    f"validation image {path} is {scale} times its LR {lr_path.name}, not {other:g}"
+                )
         if side is not None:
             _check_crop(lr_path, size_of(lr_path), side)
             lr_size = (side, side)

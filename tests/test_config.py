@@ -83,6 +83,22 @@ def test_anchors_and_merges_work(path: Path) -> None:
     assert load(path).optimizer == {"name": "adam", "args": {"nf": 8}}
 
 
+def test_an_override_changes_one_of_two_places_that_share_an_anchor(path: Path) -> None:
+    path.write_text(
+        "model: {name: carn}\n"
+        "train_dataset: &d {dataset: {name: a}, wrapper: {name: b}, batch_size: 4}\n"
+        "valid_dataset: *d\n",
+        encoding="utf-8",
+    )
+    config = load(path, "train_dataset.batch_size=2", "valid_dataset.dataset.name=c")
+    assert config.train_dataset is not None and config.valid_dataset is not None
+    assert (config.train_dataset.batch_size, config.valid_dataset.batch_size) == (2, 4)
+    assert (config.train_dataset.dataset, config.valid_dataset.dataset) == (
+        {"name": "a"},
+        {"name": "c"},
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -149,6 +149,18 @@ def test_bad_words_end_in_one_line(tmp_path: Path, photographs: Path, script: Sc
         assert message in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
     (photographs / "b.png").unlink()
+    for wrong in (["--scale", "0"], ["--workers", "0"]):
+        places = ["--input", photographs, "--output_lr", tmp_path / "lr"]
+        refused = script("generate_mod_LR_bic", *places, *wrong)
+        assert (refused.code, len(refused.stderr.splitlines())) == (2, 1)
+        assert "expected a whole number, at least 1, not `0`" in refused.stderr
+        assert not (tmp_path / "lr").exists()
+    (tmp_path / "noted").mkdir()
+    (tmp_path / "noted" / ".prepared.json").write_text("[1]", encoding="utf-8")
+    noted = ["--input", photographs, "--output", tmp_path / "noted"]
+    refused = script("data_augmentation", *noted)
+    assert (refused.code, len(refused.stderr.splitlines())) == (2, 1)
+    assert "is damaged; delete it" in refused.stderr
     refused = script("data_augmentation", "--input", photographs, "--output", f"{photographs}/.")
     assert "is the input folder" in refused.stderr
     assert states(photographs) == before

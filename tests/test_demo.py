@@ -295,6 +295,47 @@ def test_names_of_results() -> None:
     assert len({stem.casefold() for stem in stems}) == len(paths)
 
 
+def test_of_several_pictures_in_a_file_the_first_is_taken_and_that_is_told(
+    tmp_path: Path,
+    weights: dict[str, Path],
+    photo: np.ndarray,
+    demo: Demo,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second = (Image.fromarray(photo[y : y + 8, :8]) for y in (0, 8))
+    for name in ("pages.tif", "animated.png", "animated.webp"):
+        path = tmp_path / name
+        first.save(path, save_all=True, append_images=[second], lossless=True)
+        words = ("--img_path", path, "--upscale", "--weights", weights["two"], "--format", "png")
+        assert demo(*words, "--out_dir", tmp_path / "out") == 0
+        assert f"{path} holds 2 pictures: the first is taken" in capsys.readouterr().err
+        np.testing.assert_array_equal(read_rgb(path), photo[:8, :8])
+        assert read_rgb(tmp_path / "out" / f"{path.stem}_x4.png").shape == (32, 32, 3)
+
+
+def test_a_lack_of_memory_names_the_picture_and_the_rest_is_done(
+    tmp_path: Path,
+    weights: dict[str, Path],
+    photo: np.ndarray,
+    demo: Demo,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("a", "b"):
+        write_picture(tmp_path / "in" / f"{name}.png", Picture(photo[:8, :8]))
+
+    def read(path: Path) -> Picture:
+        if path.name == "a.png":
+            raise MemoryError
+        return read_picture(path)
+
+    monkeypatch.setattr("engine.demo.jobs.read_picture", read)
+    words = ("--img_path", tmp_path / "in", "--upscale", "--weights", weights["two"])
+    assert demo(*words, "--out_dir", tmp_path / "out") == 2
+    assert "a.png: not enough memory; cut it into parts" in capsys.readouterr().err
+    assert (tmp_path / "out" / "b_x4.png").is_file()
+
+
 def test_folder_goes_on_after_a_bad_file(
     tmp_path: Path, weights: dict[str, Path], photo: np.ndarray
 ) -> None:
@@ -302,6 +343,7 @@ def test_folder_goes_on_after_a_bad_file(
     write_picture(tmp_path / "in" / "good.png", Picture(photo[:8, :8]))
     (tmp_path / "in" / "cut.png").write_bytes((tmp_path / "in" / "good.png").read_bytes()[:120])
     (tmp_path / "in" / "text.png").write_text("no picture")
+    (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere")
     command = [sys.executable, "demo.py", "--upscale", "--device", "cpu"]
     command += ["--img_path", str(tmp_path / "in"), "--out_dir", str(tmp_path / "out")]
     command += ["--weights", str(weights["two"])]
@@ -309,8 +351,9 @@ def test_folder_goes_on_after_a_bad_file(
     assert ended.returncode == 2
     assert (tmp_path / "out" / "good_x4.png").is_file()
     assert str(tmp_path / "out") in ended.stdout.splitlines()[-1]
-    *_, count, cut, text = ended.stderr.splitlines()
-    assert count == "2 of 3 pictures failed:"
+    *_, count, cut, gone, text = ended.stderr.splitlines()
+    assert count == "3 of 4 pictures failed:"
+    assert "gone.png does not exist" in gone
     assert "cut.png" in cut
     assert "text.png" in text
     assert "Traceback" not in ended.stderr
@@ -329,6 +372,7 @@ def test_folder_goes_on_after_a_bad_file(
         (["--size", "9x9"], "--size goes with --upscale"),
         (["--upscale", "--original_weights", "a.pth"], "goes without --upscale"),
         (["--opacity", "1.5"], "--opacity: expected a number from 0 to 1"),
+        (["--upscale", "--opacity", "0.5"], "with --upscale it takes --class_map"),
         (["--weights", "WEIGHTS/original.pth"], "is not a PCSR model"),
         (["--weights", "WEIGHTS/three.pth", "--adaptive"], "this model has 3: use --k"),
         (["--original_weights", "WEIGHTS/two.pth"], "is not an original"),

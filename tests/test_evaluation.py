@@ -126,6 +126,9 @@ def test_too_small_an_image_is_refused_before_anything_runs(folder) -> None:
         paths = ImagePaths.of_folders(folder(f"hr{width}", a=(48, 48), b=(60, width)))
         with pytest.raises(UserError, match=rf"b\.png is {width}x60, too small for scale 4"):
             EvaluationSet(paths, conventions())
+    several = folder("several", a=(48, 48), b=(60, 3), c=(4, 4), d=(5, 5))
+    with pytest.raises(UserError, match=r"b\.png is 3x60, too small .*; nor will do c.png, d.png$"):
+        EvaluationSet(ImagePaths.of_folders(several), conventions())
     least = EvaluationSet(ImagePaths.of_folders(folder("hr12", b=(60, 12))), conventions())
     assert least[0].hr.shape == (60, 12, 3)
 

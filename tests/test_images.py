@@ -44,6 +44,10 @@ UPRIGHT = {
 }
 
 
+# What a folder of pictures lists, a link to nothing among them.
+NAMES = ["a.jpg", "b.PNG", "c10.tif", "c9.tif", "gone.png"]
+
+
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format=kind, **options)
@@ -142,6 +146,89 @@ def test_png_modes(kind: str) -> None:
         np.testing.assert_array_equal(picture.alpha, alpha)
 
 
+def png(bits: int, colour: int, samples: bytes, transparent: bytes) -> bytes:
+    """A picture of two pixels with a transparent value; Pillow writes none of these."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    header = struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"tRNS", transparent)
+        + chunk(b"IDAT", zlib.compress(b"\0" + samples))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "samples", "transparent", "first"),
+    [
+        (2, 0, b"\x70", (1,), 85),
+        (4, 0, b"\x3f", (3,), 51),
+        (8, 0, b"\x03\xff", (3,), 3),
+        (16, 0, struct.pack(">2H", 1000, 65535), (1000,), 1000),
+        (16, 2, struct.pack(">6H", 7, 7, 7, *[65535] * 3), (7, 7, 7), 7),
+    ],
+)
+def test_png_transparent_value(
+    bits: int, colour: int, samples: bytes, transparent: tuple[int, ...], first: int
+) -> None:
+    key = struct.pack(f">{len(transparent)}H", *transparent)
+    picture = decode_picture(png(bits, colour, samples, key), "p")
+    highest = 65535 if bits == 16 else 255
+    np.testing.assert_array_equal(picture.rgb, [[[first] * 3, [highest] * 3]])
+    np.testing.assert_array_equal(picture.alpha, [[0, highest]])
+
+
+def tiff(bits: int, photometric: int, samples: list[int], extra: int | None = None) -> bytes:
+    """A picture of two pixels, uncompressed."""
+    count = len(samples) // 2
+    pixels = np.array(samples, "<u2" if bits == 16 else "u1").tobytes()
+    depths = struct.pack(f"<{count}H", *[bits] * count)
+    entries = [
+        (256, 4, 1, 2),
+        (257, 4, 1, 1),
+        (258, 3, count, bits if count == 1 else 8 + len(pixels)),
+        (259, 3, 1, 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, 8),
+        (277, 3, 1, count),
+        (278, 4, 1, 1),
+        (279, 4, 1, len(pixels)),
+        *([] if extra is None else [(338, 3, 1, extra)]),
+    ]
+    start = 8 + len(pixels) + len(depths)
+    directory = struct.pack("<H", len(entries))
+    directory += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, start) + pixels + depths + directory
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_gray_may_count_from_white(bits: int) -> None:
+    highest = 2**bits - 1
+    found = [decode_picture(tiff(bits, kind, [10, 200]), "t").rgb[0, :, 0] for kind in (0, 1)]
+    np.testing.assert_array_equal(found, [[highest - 10, highest - 200], [10, 200]])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_fourth_sample_is_what_the_file_says(bits: int) -> None:
+    """Nothing, alpha that colours were multiplied by, or plain alpha, as where nothing is said."""
+    half = 2 ** (bits - 1)
+    samples = [1, 2, 3, 0, 80, 40, 20, half]
+    unused, multiplied, plain, silent = (
+        decode_picture(tiff(bits, 2, samples, extra), "t") for extra in (0, 1, 2, None)
+    )
+    for picture in (unused, plain, silent):
+        np.testing.assert_array_equal(picture.rgb, [[[1, 2, 3], [80, 40, 20]]])
+    assert unused.alpha is None
+    for picture in (multiplied, plain, silent):
+        np.testing.assert_array_equal(picture.alpha, [[0, half]])
+    np.testing.assert_allclose(multiplied.rgb, [[[0, 0, 0], [160, 80, 40]]], atol=1)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_at_both_depths(tmp_path: Path, orientation: int) -> None:
     upright = UPRIGHT[orientation]
@@ -218,7 +305,10 @@ def test_list_images_sorts_and_ignores_what_is_no_image(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt", "c10.tif", "c9.tif"):
         (tmp_path / name).touch()
     (tmp_path / "sub.png").mkdir()
-    assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG", "c10.tif", "c9.tif"]
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert [path.name for path in list_images(tmp_path)] == NAMES
+    with pytest.raises(UserError, match=r"gone\.png does not exist"):
+        read_size(tmp_path / "gone.png")
     with pytest.raises(UserError, match="does not exist"):
         list_images(tmp_path / "none")
 

@@ -187,27 +187,6 @@ def test_receptive_radius_is_that_of_the_features(name: str) -> None:
     assert reach_px(change, (radius + 2, radius + 2)) == radius
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize("name", SMALL)
-def test_tail_radius_is_that_of_the_tail(name: str, scale: int) -> None:
-    model = far_reaching(original(name, scale))
-    radius = model.tail_radius_px
-    side, centre = 2 * radius + 5, radius + 2
-    feat = torch.rand(1, model.out_dim, side, side, dtype=torch.float64)
-    x = torch.rand(1, 3, side, side, dtype=torch.float64)
-    changed, changed_x = feat.clone(), x.clone()
-    changed[0, :, centre, centre] += 5
-    changed_x[0, :, centre, centre] += 5
-    with torch.no_grad():
-        change = model.reconstruct(changed, changed_x) - model.reconstruct(feat, x)
-    per_lr_pixel = nn.functional.max_pool2d(change.abs().sum(dim=1, keepdim=True), scale)[0, 0]
-    assert reach_px(per_lr_pixel, (centre, centre)) == radius
-
-
-def test_rcan_says_that_it_pools_globally() -> None:
-    assert [name for name in SMALL if backbone(name).pools_globally] == ["rcan"]
-
-
 # Normalisation
 
 

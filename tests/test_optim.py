@@ -69,6 +69,12 @@ def test_rate_depends_on_the_step_alone() -> None:
         ({"T_period": [3], "restarts": [5, 2], "weights": [1, 1]}, "restarts ascend"),
         ({"T_period": [3], "restarts": [2]}, "1 entries and `weights` 0: one weight per"),
         ({"T_period": [3], "restarts": [2], "weights": [1, 1]}, "1 entries and `weights` 2"),
+        (
+            {"T_period": [3], "restarts": [2], "weights": [-1]},
+            "`lr_scheduler.args.weights` must be above 0",
+        ),
+        ({"T_period": [3], "eta_min": -1}, "`lr_scheduler.args.eta_min` must be from 0 to the"),
+        ({"T_period": [3], "eta_min": 5}, "eta_min` must be from 0 to the optimizer's lr"),
         ({"T_period": 3}, "must be a list of whole numbers, not 3"),
         ({}, "T_period` is missing"),
     ],

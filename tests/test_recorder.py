@@ -1,5 +1,6 @@
 """What a run leaves to be seen: scalars and pictures for tensorboard, and a summary."""
 
+import errno
 import logging
 import struct
 from pathlib import Path
@@ -77,6 +78,38 @@ def test_heavy_pixels_are_told_where_there_is_a_choice(
         recorder.validation(1, [(4.0, rows)])
     said = [line.partition(" dB, ")[2] for line in caplog.messages]
     assert said == ["1.00 GFLOPs (paper)", "1.00 GFLOPs (paper), 25.0 % heavy"]
+
+
+def test_a_last_row_without_its_end_is_not_spoilt_by_the_next(tmp_path: Path) -> None:
+    record(tmp_path, 0, {1: 30.0})
+    path = tmp_path / METRICS_NAME
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    record(tmp_path, 4, {})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"iteration": 5, "kind": "train"}\n')
+    rows, broken = read_rows(path)
+    assert ([row["iteration"] for row in rows], broken) == ([1, 1, 2, 3, 4, 5], 0)
+
+
+def test_a_full_disk_ends_tensorboard_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its thread lives on: with more events than its queue takes, a run would hang else."""
+    written = 0
+
+    def write_event(*_: object) -> None:
+        nonlocal written
+        written += 1
+        if written > 1:  # the first is written as the file is made
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", write_event)
+    record(tmp_path, 0, {1: 30.0, 3: 40.0})
+    assert len(read_rows(tmp_path / METRICS_NAME)[0]) == 6
+    told = [line for line in caplog.messages if "tensorboard" in line]
+    assert told == [
+        "tensorboard gets no more of this run: its file cannot be written (No space left on device)"
+    ]
 
 
 def test_a_pause_between_two_lines_takes_nothing_from_the_iterations_before_it(

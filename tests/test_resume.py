@@ -67,6 +67,67 @@ def test_interrupted_and_resumed_equals_straight_through(
     assert [row["iteration"] for row in rows] == [2, 4]
 
 
+def test_the_line_after_a_resume_is_that_of_an_undisturbed_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means over iterations before and after it."""
+    config = make_config("fsrcnn", pictures, iter_max=6, iter_print=3)
+    run(config, tmp_path / "straight")
+    for step in (0, 3):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, signal.SIGTERM)
+            assert run(config, tmp_path / "resumed") == 128 + signal.SIGTERM
+    run(config, tmp_path / "resumed")
+    straight, resumed = (
+        [(row["iteration"], row["loss"], row["grad_norm"]) for row in metrics_of(tmp_path / name)]
+        for name in ("straight", "resumed")
+    )
+    assert [iteration for iteration, *_ in straight] == [3, 6]
+    assert straight == resumed
+
+
+def test_init_plays_no_part_in_a_run_that_goes_on(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config("fsrcnn", pictures, iter_max=2)
+    run(config, tmp_path)
+    longer = make_config("fsrcnn", pictures, iter_max=4, init="other.pth")
+    assert run(longer, tmp_path, init="none.pth", started_again=True) == 0
+    assert "none.pth" not in caplog.text
+    assert "`init` was" not in caplog.text
+    assert run(make_config("fsrcnn", pictures, iter_max=6), tmp_path, init="none.pth") == 0
+    assert "--init none.pth plays no part: the run goes on from" in caplog.text
+
+
+def test_weights_that_learned_with_another_norm_are_refused(pictures: Path, tmp_path: Path) -> None:
+    """To go on with, and to begin with; equal numbers, or none, are fine."""
+    norm = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    run(make_config("fsrcnn", pictures, iter_max=2, data_norm=norm), tmp_path)
+    other = make_config("fsrcnn", pictures, data_norm={**norm, "std": [1.0, 2.0, 1.0]})
+    message = r"`data_norm.std` \[1, 1, 1\], the config's is \[1, 2, 1\]"
+    with pytest.raises(UserError, match=message):
+        run(other, tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(other, tmp_path / "new", init=str(tmp_path / LAST_NAME))
+    for iterations, given in ((4, norm), (6, None)):
+        assert (
+            run(make_config("fsrcnn", pictures, iter_max=iterations, data_norm=given), tmp_path)
+            == 0
+        )
+        mean = checkpoint_of(tmp_path)["model"]["sd"]["norm.mean"].flatten().tolist()
+        assert mean == pytest.approx(norm["mean"])
+
+
+def test_a_checkpoint_that_is_a_link_is_that_of_its_folder(pictures: Path, tmp_path: Path) -> None:
+    run(make_config("fsrcnn", pictures, iter_max=2), tmp_path / "run")
+    last = tmp_path / "run" / LAST_NAME
+    last.rename(tmp_path / "elsewhere.pth")
+    last.symlink_to(tmp_path / "elsewhere.pth")
+    run(make_config("fsrcnn", pictures, iter_max=4), tmp_path / "run")
+    assert [row["iteration"] for row in metrics_of(tmp_path / "run")] == [2, 4]
+    assert not list((tmp_path / "run").glob("before-*"))
+
+
 def test_soap_resumes_as_straight_through(pictures: Path, tmp_path: Path) -> None:
     """Stopped after each number of steps between two changes of its eigenvectors."""
     config = make_config("carn", pictures, iter_max=6, optimizer=SOAP)

@@ -200,6 +200,7 @@ def test_budget_and_sweep_agree(run, tmp_path) -> None:
         (["--sweep", "--self_ensemble"], "--self_ensemble does not go with --sweep"),
         (["--sweep_time"], "go with --sweep"),
         (["--plot=x.png"], "go with --sweep"),
+        (["--sweep", "--plot=save/x.pth"], "expected a name that ends in .png, not `save/x.pth`"),
         (["--budget=60g"], "such as 60G"),
         (["--budget=0.5", "--k=0"], "contradict"),
         (["--budget=0.001"], "is too little"),

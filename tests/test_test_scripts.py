@@ -182,8 +182,11 @@ def test_phase_0_checkpoint_is_all_heavy(place, run, tmp_path) -> None:
 def test_given_lr_and_bicubic_row(place, run, tmp_path) -> None:
     json_path = tmp_path / "f.json"
     command = words(place, "tiny-x4", "--per_image", "--bicubic", lr_data=place / "lr")
-    code, output, _ = run([*command, f"--json={json_path}"])
+    command += ["--lr_mode=uint8", "--patch_batch_size=8"]
+    code, output, errors = run([*command, f"--json={json_path}"])
     assert code == 0
+    assert "--lr_mode changes nothing: LR images are given" in errors
+    assert "--patch_batch_size changes nothing: images are run whole" in errors
     assert output.index("bicubic ") < output.index("mean ")
     written = json.loads(json_path.read_text())
     assert written["conventions"]["lr"] == "given"

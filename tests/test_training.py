@@ -75,6 +75,28 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind: str) -> None:
             torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-7, check_dtype=False)
 
 
+@pytest.mark.parametrize(("batch_size", "threads"), [(3, 2), (4, 1)])
+def test_a_batch_that_goes_into_no_parts_has_all_threads(
+    batch_size: int, threads: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = models.make(model_spec("fsrcnn"))
+        objective = make_objective(model, loss_rgb_w=1, loss_avg_w=1)
+        parameters = list(model.parameters())
+        with BatchGradients(
+            objective, parameters, world=ONE, batch_size=batch_size, microbatches=2
+        ) as gradients:
+            assert torch.get_num_threads() == threads
+            gradients(torch.rand(batch_size, 3, 6, 6), torch.rand(batch_size, 3, 24, 24))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    told = "`microbatches: 2` does not go into parts of 3 samples: there are 1" in caplog.text
+    assert told is (batch_size == 3)
+
+
 def test_bf16_and_channels_last_train(pictures: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         config = make_config(

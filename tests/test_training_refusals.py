@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.trainer import Trainer
 from tests.training import make_pictures, metrics_of, raw_config, run
 from utils.checkpoint import LAST_NAME
 from utils.config import check_config
@@ -137,6 +138,33 @@ def test_validation_pairs_that_cannot_be_are_found_before_training(
     with pytest.raises(UserError, match=message):
         run(check_config(raw, "x"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_pairs_tell_their_scale(tmp_path: Path) -> None:
+    hr = make_pictures(tmp_path / "hr")
+    for path in hr.iterdir():
+        small = np.ascontiguousarray(read_rgb(path)[::4, ::4])
+        write_picture(tmp_path / "lr" / path.name, Picture(small))
+    raw = raw_config("fsrcnn", make_pictures(tmp_path / "training"), iter_max=1)
+    args = {"root_path_hr": str(hr), "root_path_lr": str(tmp_path / "lr")}
+    raw["valid_dataset"] = {
+        "dataset": {"name": "paired-image-folders", "args": args},
+        "wrapper": {"name": "sr-implicit-paired"},
+    }
+    assert run(check_config(raw, "x"), tmp_path / "run") == 0
+    scales = [row["scale"] for row in metrics_of(tmp_path / "run") if row["kind"] == "valid"]
+    assert scales == [4]
+
+
+def test_a_lack_of_memory_says_what_to_do(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def iterate(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(Trainer, "_iterate", iterate)
+    with pytest.raises(UserError, match=r"not enough memory to train: .*`accumulate: 2`"):
+        run(check_config(raw_config("fsrcnn", pictures), "x"), tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -22,6 +22,7 @@ from utils.checkpoint import (
 )
 from utils.cli import Parser, run
 from utils.errors import UserError
+from utils.output_words import new_weights_file
 
 # Buffers that say what the network's values mean: not to be averaged.
 _NORM = "norm."
@@ -72,13 +73,15 @@ def main() -> None:
         "checkpoints", nargs="+", type=Path, metavar="PTH", help="Two checkpoints or more."
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="PTH", help="Checkpoint to write."
+        "--out",
+        required=True,
+        type=new_weights_file,
+        metavar="PTH",
+        help="Checkpoint to write, a new file.",
     )
     args = parser.parse_args()
     if len(args.checkpoints) < 2:
         parser.error("a mean takes two checkpoints or more")
-    if args.out.exists():
-        parser.error(f"--out {args.out} exists: name a new file")
     checkpoint = average(args.checkpoints)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(args.out, checkpoint)

@@ -169,6 +169,27 @@ def check_same_model(config_spec: Mapping[str, Any], spec: Mapping[str, Any], pa
         )
 
 
+def check_same_norm(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse weights that learned with another `data_norm` than the config's, which `model` has.
+
+    Raises:
+        UserError: naming both.
+    """
+    own = model.state_dict()
+    for key in _OPTIONAL:
+        theirs = state.get(key)
+        if theirs is not None and key in own and not torch.equal(theirs, own[key].cpu()):
+            name = key.rpartition(".")[2]
+            raise UserError(
+                f"checkpoint {source} learned with `data_norm.{name}` {_numbers(theirs)}, the "
+                f"config's is {_numbers(own[key])}: make them equal, or leave `data_norm` out"
+            )
+
+
+def _numbers(values: Tensor) -> str:
+    return f"[{', '.join(f'{value:g}' for value in values.flatten().tolist())}]"
+
+
 def save_checkpoint(
     path: Path, content: Mapping[str, Any], first: Callable[[], None] | None = None
 ) -> None:

@@ -141,15 +141,6 @@ class PcsrCost:
         """
         return patches * self.encoder_paper(lr_size) + self._pixel_flops(pixel_counts)
 
-    def executed_reference_total(
-        self, lr_size: tuple[int, int], pixel_counts: Sequence[int], *, patches: int = 1
-    ) -> int:
-        """FLOPs that the straightforward path executes: every MLP unfactorised, pixel by pixel.
-
-        Takes the same arguments as :meth:`paper_total`.
-        """
-        return patches * self.encoder_executed(lr_size) + self._pixel_flops(pixel_counts)
-
     def _pixel_flops(self, pixel_counts: Sequence[int]) -> int:
         upsamplers = zip(self.upsampler_flops, pixel_counts, strict=True)
         classifier = self.classifier_flops * sum(pixel_counts)

@@ -23,6 +23,9 @@ MAX_PIXELS = 400_000_000
 # The JPEGs of many phones, which Pillow calls MPO, open as JPEG.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _ORIENTATION_TAG = 0x0112
+_PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 262, 0
+_EXTRA_SAMPLES_TAG = 338
+_WHITE_16 = 65535
 
 
 def decode(data: bytes, name: str | Path) -> tuple[np.ndarray, bytes | None]:
@@ -49,6 +52,12 @@ def decode_size(file: IO[bytes], name: str | Path) -> tuple[int, int]:
             width, height = tags[256], tags[257]
         turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
+
+
+def decode_frames(file: IO[bytes], name: str | Path) -> int:
+    """How many pictures an open file holds. Errors as `decode`."""
+    with _named_errors(name), _open(file, name) as image:
+        return getattr(image, "n_frames", 1)
 
 
 @contextlib.contextmanager
@@ -109,10 +118,15 @@ def _decode(data: bytes, name: str | Path) -> tuple[np.ndarray, bytes | None]:
                 f"image {name} has {stored_bits}-bit {layout}{image.mode} samples; 8 and 16 bit "
                 "gray and RGB are supported"
             )
-        samples = _decode_16_bit(data)
+        samples = _decode_16_bit(data, image)
         # OpenCV turns TIFF pictures itself, PNG ones not.
         samples = samples if is_tiff else _turn(samples, orientation)
     else:
+        key = image.info.get("transparency")
+        if image.mode == "L" and stored_bits in (2, 4) and isinstance(key, int):
+            # Pillow spreads the samples over 8 bits, and leaves the transparent one as it is.
+            highest = 2**stored_bits - 1
+            image.info["transparency"] = key * 255 // highest if key <= highest else key
         samples = _decode_8_bit(ImageOps.exif_transpose(image))
     return samples, icc_profile
 
@@ -159,18 +173,42 @@ def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode_16_bit(data: bytes) -> np.ndarray:
-    """(H, W, 3 or 4) uint16 from a 16-bit png or tiff, in OpenCV: Pillow keeps 8 of the bits."""
+def _decode_16_bit(data: bytes, image: Image.Image) -> np.ndarray:
+    """(H, W, 3 or 4) uint16 from a 16-bit png or tiff, in OpenCV: Pillow keeps 8 of the bits.
+
+    Args:
+        image: the same as Pillow opened it, for what OpenCV does not look at.
+    """
     samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if samples is None or samples.dtype != np.uint16:
         raise OSError("the 16-bit samples cannot be decoded")
-    if samples.ndim == 2:
-        return cv2.cvtColor(samples, cv2.COLOR_GRAY2RGB)
-    if samples.shape[2] == 2:
-        gray, alpha = samples[:, :, 0], samples[:, :, 1]
-        return np.stack([gray, gray, gray, alpha], axis=2)
-    code = cv2.COLOR_BGRA2RGBA if samples.shape[2] == 4 else cv2.COLOR_BGR2RGB
-    return cv2.cvtColor(samples, code)
+    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+    samples = samples[:, :, None] if samples.ndim == 2 else samples
+    if samples.shape[2] <= 2:
+        gray, alpha = samples[:, :, :1], samples[:, :, 1:]
+        key = image.info.get("transparency")
+        if alpha.shape[2] == 0 and isinstance(key, int):
+            alpha = np.where(gray == key, 0, _WHITE_16).astype(np.uint16)
+        if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
+            gray = _WHITE_16 - gray
+        samples = np.concatenate([gray, gray, gray, alpha], axis=2)
+    else:
+        code = cv2.COLOR_BGRA2RGBA if samples.shape[2] == 4 else cv2.COLOR_BGR2RGB
+        samples = cv2.cvtColor(samples, code)
+    # Where the tag is missing, as in Pillow for 8 bits: alpha, not premultiplied.
+    kind = tags.get(_EXTRA_SAMPLES_TAG, (2,))
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    if samples.shape[2] == 4 and kind == 0:
+        return np.ascontiguousarray(samples[:, :, :3])
+    return _divided_by_alpha(samples) if samples.shape[2] == 4 and kind == 1 else samples
+
+
+def _divided_by_alpha(samples: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint16 RGBA whose colours were multiplied by alpha, without that."""
+    alpha = samples[:, :, 3:].astype(np.uint32)
+    rgb = (samples[:, :, :3].astype(np.uint32) * _WHITE_16 + alpha // 2) // np.maximum(alpha, 1)
+    rgb = np.where(alpha > 0, np.minimum(rgb, _WHITE_16), 0)
+    return np.concatenate([rgb, alpha], axis=2).astype(np.uint16)
 
 
 def _turn(samples_HWC: np.ndarray, orientation: int) -> np.ndarray:

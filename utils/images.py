@@ -15,7 +15,7 @@ import torch
 
 from utils.atomic import replace_file
 from utils.errors import UserError
-from utils.image_decoding import decode, decode_size
+from utils.image_decoding import decode, decode_frames, decode_size
 from utils.image_encoding import encode
 
 _log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class Picture:
 def list_images(folder: str | Path) -> list[Path]:
     """The pictures directly inside `folder`, sorted by file name; hidden files are ignored.
 
+    A link to nothing is one of them: who reads it is told.
+
     Raises:
         UserError: no such folder, or no picture in it.
     """
@@ -84,7 +86,8 @@ def list_images(folder: str | Path) -> list[Path]:
         for path in folder.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
-        and path.is_file()
+        # A link to nothing counts: without it there would be a picture less, and nobody would know.
+        and (path.is_file() or not path.exists())
     ]
     if not paths:
         kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -146,6 +149,15 @@ def read_size(path: str | Path) -> tuple[int, int]:
         return decode_size(file, path)
 
 
+def count_frames(path: str | Path) -> int:
+    """How many pictures a file holds, of which the first is read: animations, pages of a TIFF.
+
+    Errors as `read_size`.
+    """
+    with Path(path).open("rb") as file:
+        return decode_frames(file, path)
+
+
 def to_8_bit(samples: np.ndarray) -> np.ndarray:
     """uint16 samples rounded to uint8 (65535 becomes 255); uint8 ones as they are."""
     if samples.dtype == np.uint8:
@@ -190,12 +202,8 @@ def write_picture(path: str | Path, picture: Picture, exist_ok: bool = True) -> 
     if not exist_ok and path.exists():
         raise UserError(f"{path} exists already")
     data = encode_picture(picture, path)
-    try:
-        with replace_file(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        # The temporary name says nothing to the user.
-        raise OSError(error.errno, error.strerror or "cannot be written", str(path)) from error
+    with replace_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def encode_picture(picture: Picture, path: str | Path) -> bytes:

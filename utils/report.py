@@ -13,6 +13,7 @@ import numpy as np
 
 from utils.cli import Parser, run
 from utils.errors import UserError
+from utils.output_words import png_file
 from utils.plotting import COLOURS, check_plotting, new_figure, save_figure
 from utils.run_metrics import METRICS_NAME, is_validation, read_rows, validation_name
 
@@ -235,7 +236,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=png_file,
         metavar="PNG",
         help="File for the picture. Default: report.png in the run's folder.",
     )

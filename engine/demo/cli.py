@@ -13,11 +13,11 @@ from engine.budget import OriginalCost
 from engine.conventions import Conventions
 from engine.demo.compare_job import CompareJob
 from engine.demo.enlarge import Enlarger
-from engine.demo.jobs import Done, Setting, run_batch
+from engine.demo.jobs import Done, Setting, naming_memory, run_batch
 from engine.demo.models import load_demo_original, load_demo_pcsr
 from engine.demo.report import comparison_table
 from engine.demo.upscale_job import UpscaleJob
-from engine.demo.words import check_words
+from engine.demo.words import DEFAULT_OPACITY, check_words
 from engine.evaluation import Figures, mean_of
 from engine.inference_words import routing_from
 from engine.picture_files import find_inputs, prepare_folder, result_stems
@@ -73,9 +73,15 @@ def main(parser: Parser) -> int:
         if current.is_main:
             print(subject.heading, flush=True)
         setting = Setting(
-            result_stems(inputs), args.out_dir, subject.enlarger, current.device, args.opacity
+            result_stems(inputs),
+            args.out_dir,
+            subject.enlarger,
+            current.device,
+            DEFAULT_OPACITY if args.opacity is None else args.opacity,
         )
-        results, failures = _work(args, inputs, _job(args, setting, subject), current)
+        results, failures = _work(
+            args, inputs, naming_memory(_job(args, setting, subject)), current
+        )
         if not current.is_main:
             return 0
         means = _means(results)

@@ -7,13 +7,13 @@ import numpy as np
 
 from engine.conventions import Conventions
 from engine.demo.compare import Comparison, compare
-from engine.demo.jobs import Done, Setting, enlarging
+from engine.demo.jobs import Done, Setting, read_input
 from engine.demo.report import comparison_table, describe_shares
 from engine.picture_files import prepare_folder
 from engine.restore import OriginalRestorer
 from utils.atomic import write_text
 from utils.errors import UserError
-from utils.images import Picture, is_one_of, read_picture, to_8_bit, write_picture
+from utils.images import Picture, is_one_of, to_8_bit, write_picture
 
 _log = logging.getLogger(__name__)
 
@@ -51,19 +51,18 @@ class CompareJob:
             UserError, OSError: a picture that cannot be read, compared or written.
         """
         rgb = _read_hr(path)
-        with enlarging(path):
-            try:
-                comparison = compare(
-                    path.name,
-                    rgb,
-                    self.setting.enlarger,
-                    self.original,
-                    self.conventions,
-                    device=self.setting.device,
-                    opacity=self.setting.opacity,
-                )
-            except UserError as error:
-                raise UserError(f"image {path}: {error}") from error
+        try:
+            comparison = compare(
+                path.name,
+                rgb,
+                self.setting.enlarger,
+                self.original,
+                self.conventions,
+                device=self.setting.device,
+                opacity=self.setting.opacity,
+            )
+        except UserError as error:
+            raise UserError(f"image {path}: {error}") from error
         text = self._text(path, comparison)
         files = self._write(path, comparison, text)
         record = {
@@ -106,7 +105,7 @@ class CompareJob:
 
 
 def _read_hr(path: Path) -> np.ndarray:
-    picture = read_picture(path)
+    picture = read_input(path)
     if picture.alpha is not None:
         _log.warning("%s: its transparency is left out of the comparison", path)
     return to_8_bit(picture.rgb)

@@ -1,6 +1,6 @@
 """What the demo's two kinds of work on picture files share, and many files in a row."""
 
-import contextlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from engine.memory import memory_named
 from engine.sharing import shared_out
 from utils.cli import one_line
 from utils.distributed import World
-from utils.images import read_size
+from utils.images import Picture, count_frames, read_picture, read_size
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,23 @@ def _pixels(path: Path) -> int:
         return 0
 
 
-def enlarging(path: Path) -> contextlib.AbstractContextManager[None]:
-    """A lack of memory names the file."""
-    return memory_named(
-        f"image {path}: not enough memory to enlarge it whole; cut it into parts, "
-        f"or use a smaller --pixel_batch_size"
-    )
+def naming_memory(job: Callable[[Path], Done]) -> Callable[[Path], Done]:
+    """The same job, whose lack of memory is a UserError with the file's name."""
+
+    def run(path: Path) -> Done:
+        with memory_named(f"image {path}: not enough memory; cut it into parts"):
+            return job(path)
+
+    return run
+
+
+def read_input(path: Path) -> Picture:
+    """Read a picture; a warning says where there is more in the file than one.
+
+    Raises:
+        UserError: as `read_picture`.
+    """
+    picture = read_picture(path)
+    if (frames := count_frames(path)) > 1:
+        _log.warning("%s holds %d pictures: the first is taken", path, frames)
+    return picture

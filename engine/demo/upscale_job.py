@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from engine.demo.jobs import Done, Setting, enlarging
+from engine.demo.jobs import Done, Setting, read_input
 from engine.demo.report import describe_shares
 from engine.demo.upscale import output_size, upscale
 from engine.picture_files import check_fits, first_free
-from utils.images import IMAGE_SUFFIXES, Picture, is_one_of, read_picture, write_picture
+from utils.images import IMAGE_SUFFIXES, Picture, is_one_of, write_picture
 
 
 class UpscaleJob:
@@ -41,18 +41,17 @@ class UpscaleJob:
         Raises:
             UserError, OSError: a picture that cannot be read, enlarged or written.
         """
-        picture = read_picture(path)
+        picture = read_input(path)
         size = output_size((picture.height, picture.width), self.scale, self.size)
         target, map_target = self._targets(path)
         check_fits(target, size)
-        with enlarging(path):
-            result = upscale(
-                picture,
-                size,
-                self.setting.enlarger,
-                device=self.setting.device,
-                opacity=self.setting.opacity if self.class_map else None,
-            )
+        result = upscale(
+            picture,
+            size,
+            self.setting.enlarger,
+            device=self.setting.device,
+            opacity=self.setting.opacity if self.class_map else None,
+        )
         write_picture(target, result.picture)
         files = [target]
         if result.class_map is not None:

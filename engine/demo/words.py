@@ -18,6 +18,7 @@ from utils.cli import (
 from utils.images import IMAGE_SUFFIXES
 
 _DEFAULT_SCALE = 4.0
+DEFAULT_OPACITY = 0.65
 
 
 def make_parser() -> Parser:
@@ -50,8 +51,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--opacity",
         type=_fraction,
-        default=0.65,
-        help="Opacity of the picture under the class colours (green easy, red hard).",
+        help="Opacity of the picture under the class colours (green easy, red hard). Default: "
+        f"{DEFAULT_OPACITY}.",
     )
     add_routing_words(parser)
     _add_model_words(parser)
@@ -66,6 +67,8 @@ def check_words(parser: Parser, args: argparse.Namespace) -> None:
     if args.upscale:
         if args.original_weights is not None:
             parser.error("--original_weights goes without --upscale, which compares nothing")
+        if args.opacity is not None and not args.class_map:
+            parser.error("--opacity is that of the class map: with --upscale it takes --class_map")
         return
     for word in ("size", "format", "class_map"):
         if getattr(args, word):

@@ -33,14 +33,10 @@ class SRNetwork(nn.Module):
         out_dim: channels of the features.
         receptive_radius_px: how many LR pixels beyond its own position a feature depends on, so
             that tiles with this halo give exactly the whole image's features.
-        tail_radius_px: the same for the original network's tail, in LR pixels.
-        pools_globally: True where a feature also depends on statistics of the whole image.
     """
 
     out_dim: int
     receptive_radius_px: int
-    tail_radius_px: int
-    pools_globally: bool = False
     default_mean: Sequence[float] = (0.0, 0.0, 0.0)
 
     def __init__(

@@ -141,7 +141,6 @@ class CARN(SRNetwork):
     default_mean = DIV2K_MEAN
     # entry 1; three blocks of three steps of two 3x3 convolutions.
     receptive_radius_px = 1 + 3 * 3 * 2
-    tail_radius_px = 2
 
     def __init__(
         self,

@@ -69,8 +69,6 @@ class RCAN(SRNetwork):
     """
 
     default_mean = DIV2K_MEAN
-    tail_radius_px = 2
-    pools_globally = True
 
     def __init__(
         self,

@@ -59,8 +59,6 @@ class SRResNet(SRNetwork):
         data_norm: ``{mean, std}``; default zeros and ones.
     """
 
-    tail_radius_px = 2
-
     def __init__(
         self,
         *,

@@ -1,0 +1,56 @@
+"""Tensorboard's events, which a run can do without."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+class Events:
+    """Scalars and pictures for tensorboard; where they cannot be written, a warning and no more.
+
+    tensorboardX writes in a thread of its own. An error, as of a full disk, would end that thread,
+    and its queue, once full, would stop the training for good.
+
+    Args:
+        folder: of the run.
+        purge_step: what earlier files hold from this step on is not shown.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        self._failed = False
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        file = self._writer.file_writer.event_writer._ev_writer
+        for name in ("write_event", "flush", "close"):
+            setattr(file, name, self._guarded(getattr(file, name)))
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._writer.add_scalar(tag, value, step)
+
+    def add_image(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """`picture` is (H, W, 3) uint8."""
+        self._writer.add_image(tag, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _guarded(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if self._failed:
+                return None
+            try:
+                return write(*args)
+            except OSError as error:
+                self._failed = True
+                logger.warning(
+                    "tensorboard gets no more of this run: its file cannot be written (%s)",
+                    error.strerror or error,
+                )
+                return None
+
+        return run

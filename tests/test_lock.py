@@ -1,0 +1,69 @@
+"""One process at a time in a folder (utils.lock)."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import REPOSITORY
+from tests.training import make_config, make_pictures, run
+from utils.errors import UserError
+from utils.lock import LOCK_NAME, locked
+
+pytestmark = pytest.mark.usefixtures("fresh_logging")
+HOLDER = "import sys; from pathlib import Path; from utils.lock import locked\n"
+HOLDER += "with locked(Path(sys.argv[1])): print('has it', flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """Another process that has `tmp_path`/run."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=REPOSITORY, text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "has it\n"
+        yield process
+        process.kill()
+
+
+def test_a_folder_has_one_process_until_that_ends(holder: subprocess.Popen, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}: wait"), locked(folder):
+        pass
+    holder.communicate("")
+    assert not folder.exists()  # it held nothing else
+    with locked(folder):
+        assert (folder / LOCK_NAME).read_text(encoding="utf-8") == f"{os.getpid()}\n"
+        (folder / "kept").touch()
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+
+
+def test_a_killed_process_lets_go(holder: subprocess.Popen, tmp_path: Path) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "run" / LOCK_NAME).exists()
+    with locked(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(
+    holder: subprocess.Popen, tmp_path: Path
+) -> None:
+    config = make_config("fsrcnn", make_pictures(tmp_path / "pictures"))
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+        run(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_NAME]
+    holder.communicate("")
+    assert run(config, tmp_path / "run") == 0
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+def test_a_folder_that_cannot_be_made_is_left_to_others_to_refuse(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with locked(tmp_path / "file" / "run"):
+        pass
