@@ -2,8 +2,8 @@
 
 Phase 1: its losses, from the same phase 0 weights on the same batches, and how near the routing
 that they teach comes to what any classifier could reach. Phase 0: EMA, warm-up, larger patches.
-Optimisers: Adam and SOAP, for an original network and for phase 0. Pixel losses: L1, L2, and L2 at
-the end.
+Optimisers: Adam and SOAP, for an original network and for phase 0. Pixel losses: L1, L2, PSNR, and
+one after the other.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = Parser(
         description="Compare options of training on short runs with the same seed: phase 1's "
-        "losses; phase 0 with EMA, warm-up and larger patches; Adam and SOAP; L1 and L2. Prints "
+        "losses; phase 0 with EMA, warm-up and larger patches; Adam and SOAP; L1, L2, PSNR. Prints "
         "tables and writes them, with all figures, to --out.",
         example="python -m benchmarks.learning --parts routing --iterations 600 --out results/tmp",
     )

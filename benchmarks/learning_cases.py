@@ -112,7 +112,7 @@ def optimizer_variants(config: Config, _: int) -> list[Variant]:
 
 
 def loss_variants(config: Config, iterations: int) -> list[Variant]:
-    """L1, L2, and L1 with L2 for the last part of the run.
+    """L1, L2, PSNR, and one with the next for the last part of the run.
 
     Raises:
         UserError: a config of phase 1, or fewer than 4 iterations.
@@ -129,6 +129,8 @@ def loss_variants(config: Config, iterations: int) -> list[Variant]:
         Variant("L1", {"l2_from": None}),
         *(Variant(f"L1, L2 in {part}", {"l2_from": start}) for part, start in starts.items()),
         Variant("L2", {"l2_from": 0}),
+        Variant("L2, PSNR in the last half", {"l2_from": 0, "psnr_from": iterations // 2}),
+        Variant("PSNR", {"l2_from": None, "psnr_from": 0}),
     ]
 
 
@@ -174,7 +176,9 @@ class _Learner:
 
     def __init__(self, config: Config, model: PCSR, routing_loss: Any, iterations: int) -> None:
         self.model = model
-        self.pixel_loss = PixelLoss(config.l2_from).to(next(model.parameters()).device)
+        self.pixel_loss = PixelLoss(config.l2_from, config.psnr_from).to(
+            next(model.parameters()).device
+        )
         self.objective = make_objective(
             model,
             loss_rgb_w=config.loss_rgb_w,
