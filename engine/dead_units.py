@@ -15,11 +15,11 @@ from torch import nn
 
 from engine.data import Batch, TrainBatches
 from engine.inference_words import add_weights_word
-from engine.loading import load_model
+from engine.loading import load_model, weights_of
 from engine.train_checks import check_scale
 from engine.unit_probe import PATCHES, Probe, count
 from models.pcsr import PCSR
-from utils.checkpoint import find_weights, load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import (
     Parser,
     add_config_words,
@@ -74,7 +74,7 @@ def main() -> None:
     check_device_words(args)
     set_up(main=True)
     config = load_config(args.config, args.overrides)
-    path = args.weights or find_weights(Path("save") / config.name)
+    path = weights_of(config, args.weights)
     network = load_model(path, pick_device(args.device, args.gpu), config)
     if args.output is not None and isinstance(network, PCSR) and network.classifier is not None:
         raise UserError(

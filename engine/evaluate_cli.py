@@ -16,6 +16,7 @@ from datasets.wrappers import LR_MODES
 from engine.conventions import Conventions, LrSource
 from engine.evaluation import Evaluation, Figures, Restore, bicubic, mean_of
 from engine.inference_words import add_json_word, add_weights_word
+from engine.loading import weights_of
 from engine.report import Table, circumstances, followed, foot, to_json, write_json
 from engine.restore import Patches
 from engine.samples import EvaluationSet, ImagePaths
@@ -23,7 +24,6 @@ from engine.self_ensemble import SelfEnsemble
 from engine.sharing import PATIENCE, shared_out
 from models.patches import PATCH_BATCH_SIZE
 from utils.allocator import keep_freed_blocks
-from utils.checkpoint import find_weights
 from utils.cli import (
     Parser,
     add_config_words,
@@ -185,7 +185,7 @@ def _load(
     """All that a wrong word or file can break, before anything is computed."""
     config = load_config(args.config, args.overrides)
     paths = _image_paths(args, config)
-    weights = args.weights or find_weights(Path("save") / config.name)
+    weights = weights_of(config, args.weights)
     request = Request(args, config, weights, device, _patches(args, config))
     subject = prepare(request)
     if args.self_ensemble:

@@ -26,12 +26,11 @@ from engine.inference_words import (
     check_upsampler,
     upsampler_index,
 )
-from engine.loading import load_original, load_pcsr
+from engine.loading import load_original, load_pcsr, weights_of
 from models.backbones.base import SRNetwork
 from models.onnx_graph import RoutedGraph, UniformGraph
 from models.pcsr import PCSR
 from utils.atomic import replace_file
-from utils.checkpoint import find_weights
 from utils.cli import Parser, add_config_words, one_line, positive_int, run
 from utils.config import Config, load_config
 from utils.errors import UserError
@@ -256,7 +255,7 @@ def main() -> None:
     """Parse the command line, write the file, and compare."""
     args = parse_arguments()
     config = load_config(args.config, args.overrides)
-    weights = args.weights or find_weights(Path("save") / config.name)
+    weights = weights_of(config, args.weights)
     load = _pcsr if is_pcsr(config) else _original
     exported = load(weights, config, args)
     exported.about.update(config=config.name, backbone=_backbone(config.model))

@@ -8,9 +8,18 @@ from torch import nn
 import models
 from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
-from utils.checkpoint import build_model, check_same_model, load_checkpoint
+from utils.checkpoint import build_model, check_same_model, find_weights, load_checkpoint
 from utils.config import Config
 from utils.errors import UserError
+
+
+def weights_of(config: Config, named: Path | None = None) -> Path:
+    """The checkpoint that is `named`, else that of the config's run in save/.
+
+    Raises:
+        UserError: there is none.
+    """
+    return named or find_weights(Path("save") / config.name)
 
 
 def load_model(path: Path, device: torch.device, config: Config | None = None) -> nn.Module:

@@ -26,7 +26,7 @@ from datasets.wrappers import crop_to_scale
 from engine.evaluate_cli import is_pcsr
 from engine.evaluation import Restore
 from engine.inference_words import add_weights_word
-from engine.loading import load_original, load_pcsr
+from engine.loading import load_original, load_pcsr, weights_of
 from engine.memory import memory_named
 from engine.picture_files import prepare_folder, result_stems
 from engine.restore import OriginalRestorer, PcsrRestorer
@@ -34,7 +34,6 @@ from engine.self_ensemble import TURNS, SelfEnsemble, Turns
 from models.routing import FixedRouting
 from utils.allocator import keep_freed_blocks
 from utils.atomic import remove_leftovers, write_text
-from utils.checkpoint import find_weights
 from utils.cli import (
     EXIT_USER_ERROR,
     Parser,
@@ -169,7 +168,7 @@ def main() -> int:
     set_up(main=True)
     keep_freed_blocks()
     config = load_config(args.config, args.overrides)
-    weights = args.weights or find_weights(Path("save") / config.name)
+    weights = weights_of(config, args.weights)
     teacher, network = _load(args, config, weights)
     paths = chosen(list_images(args.hr_data.expanduser()), args.pictures, args.seed)
     output = args.output.expanduser()

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.results.subjects import ROOT, SUBJECTS
 from benchmarks.results.tables import NONE, table
+from engine.pixel_loss import PixelLoss
 from utils.config import Config, load_config
 from utils.run_metrics import METRICS_NAME, read_rows
 
@@ -82,7 +83,8 @@ def _rates(config: Config) -> str:
 
 def _loss(config: Config) -> str:
     """That of the pixels, and in phase 1 that of the routing with its arguments."""
-    pixels = {None: "L1", 0: "L2"}.get(config.l2_from, f"L1, L2 from {config.l2_from}")
+    first, *later = PixelLoss(config.l2_from, config.psnr_from).stages
+    pixels = ", ".join([first.name, *(f"{stage.name} from {stage.start}" for stage in later)])
     if config.phase != 1:
         return pixels
     spec = config.routing_loss or {"name": "published"}

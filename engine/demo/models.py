@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from engine.loading import load_original, load_pcsr
+from engine.loading import load_original, load_pcsr, weights_of
 from engine.restore import OriginalRestorer
 from models.pcsr import PCSR
 from utils.checkpoint import find_weights, load_checkpoint
@@ -53,7 +53,7 @@ def load_demo_pcsr(
         config = load_config(config_path or DEFAULT_CONFIG, overrides)
     if weights is None:
         assert config is not None
-        weights = find_weights(Path("save") / config.name)
+        weights = weights_of(config)
     model = load_pcsr(weights, device, config)
     spec = load_checkpoint(weights)["model"]
     if "name" not in spec and config is not None:
