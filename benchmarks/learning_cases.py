@@ -126,12 +126,16 @@ def loss_variants(config: Config, iterations: int) -> list[Variant]:
         raise UserError("--iterations: pixel losses are compared over 4 iterations or more")
     starts = {"the last quarter": iterations * 3 // 4, "the last half": iterations // 2}
     return [
-        Variant("L1", {"l2_from": None}),
-        *(Variant(f"L1, L2 in {part}", {"l2_from": start}) for part, start in starts.items()),
-        Variant("L2", {"l2_from": 0}),
-        Variant("L2, PSNR in the last half", {"l2_from": 0, "psnr_from": iterations // 2}),
-        Variant("PSNR", {"l2_from": None, "psnr_from": 0}),
+        _loss_variant("L1"),
+        *(_loss_variant(f"L1, L2 in {part}", l2_from=start) for part, start in starts.items()),
+        _loss_variant("L2", l2_from=0),
+        _loss_variant("L2, PSNR in the last half", l2_from=0, psnr_from=iterations // 2),
+        _loss_variant("PSNR", psnr_from=0),
     ]
+
+
+def _loss_variant(name: str, l2_from: int | None = None, psnr_from: int | None = None) -> Variant:
+    return Variant(name, {"l2_from": l2_from, "psnr_from": psnr_from})
 
 
 class _Once:

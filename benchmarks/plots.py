@@ -66,8 +66,6 @@ class Point:
 
 def check(plot: Path, json_path: Path | None) -> None:
     """Refuse, before anything is measured, what would fail in the end."""
-    if plot.suffix.lower() != ".png":
-        raise UserError(f"--plot {plot}: the name of a PNG file ends in .png")
     if json_path is not None and json_path.resolve() == plot.with_suffix(".json").resolve():
         raise UserError(f"--json {json_path} is where the figures of --plot {plot} go")
     if importlib.util.find_spec("matplotlib") is None:

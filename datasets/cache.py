@@ -200,8 +200,11 @@ def _key(path: Path) -> bytes:
 
 
 def _state(path: Path) -> list[int]:
-    """What tells a changed file: size and time of change."""
-    status = path.stat()
+    """What tells a changed file: size and time of change; of one that is not there, zeros."""
+    try:
+        status = path.stat()
+    except OSError:
+        return [0, 0]
     return [status.st_size, status.st_mtime_ns]
 
 

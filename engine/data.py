@@ -215,12 +215,12 @@ def validation_sets(data: DataConfig) -> list[tuple[float, Dataset]]:
 
 
 def _scale_of(samples: Dataset) -> float:
-    """Of pairs on disk, that of the first; 0 of other samples."""
+    """Of pairs on disk, the one that all have; 0 where they differ, and of other samples."""
     if not isinstance(samples, SRImplicitPaired):
         return 0.0
-    pair = samples.dataset.hr_paths[0], samples.dataset.lr_paths[0]
-    hr_size, lr_size = (read_size(path) for path in pair)
-    return float(common_size(hr_size, lr_size, pair[0].name)[0])
+    pairs = zip(samples.dataset.hr_paths, samples.dataset.lr_paths, strict=True)
+    scales = {common_size(read_size(hr), read_size(lr), hr.name)[0] for hr, lr in pairs}
+    return float(scales.pop()) if len(scales) == 1 else 0.0
 
 
 def rank_share(samples: Dataset, world: World) -> Iterator[tuple[int, Batch]]:

@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules by their config names."""
 
 import bisect
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from engine.soap import Soap
 from utils.device import FUSED_DEVICES
 from utils.errors import UserError
 from utils.registry import Registry
+
+_log = logging.getLogger(__name__)
 
 OPTIMIZERS = Registry("optimizer")
 SCHEDULERS = Registry("lr_scheduler")
@@ -137,11 +140,17 @@ class CosineRestart:
                 f"config: `lr_scheduler.args`: `restarts` has {len(restarts)} entries and "
                 f"`weights` {len(weights)}: one weight per restart"
             )
-        lowest = min(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
-        if not 0 <= eta_min <= lowest:
+        if not eta_min >= 0:
             raise UserError(
-                f"config: `lr_scheduler.args.eta_min` must be from 0 to the optimizer's lr, "
-                f"{lowest:g}, not {eta_min:g}"
+                f"config: `lr_scheduler.args.eta_min` must be 0 or more, not {eta_min:g}"
+            )
+        lowest = min(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+        if eta_min > lowest:
+            _log.warning(
+                "`lr_scheduler.args.eta_min`, %g, is above the optimizer's lr, %g: the learning "
+                "rate rises",
+                eta_min,
+                lowest,
             )
         if not all(weight > 0 for weight in weights):
             raise UserError(

@@ -81,6 +81,9 @@ class Recorder:
 
         `losses` are empty where the update was left out: it counts as time, but not as a value.
         """
+        if losses and self._sums.keys() - losses.keys():
+            # Of before a resume, and of another objective.
+            self._sums, self._averaged = {}, 0
         for name, value in losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
@@ -90,7 +93,9 @@ class Recorder:
 
     def means_so_far(self) -> dict[str, Any]:
         """What a resumed run needs, so that its next line is that of an undisturbed one."""
-        return {"sums": {n: v.cpu() for n, v in self._sums.items()}, "averaged": self._averaged}
+        # Copies: a value may be a part of a vector with all gradients.
+        sums = {name: value.detach().cpu().clone() for name, value in self._sums.items()}
+        return {"sums": sums, "averaged": self._averaged}
 
     def flush(self, iteration: int) -> str:
         """Write the means since the last call; returns them in short, for a progress bar."""

@@ -217,8 +217,7 @@ class Trainer:
             if self._is_validated(done) or _is_due(done, config.iter_save, end):
                 self._save(done, recorder)
             if self._is_validated(done):
-                with recorder.paused():
-                    self._validate(done, recorder)
+                self._validate(done, recorder)
         recorder.summary()
         self._tell_dead_units()
         logger.info("finished at iteration %d: %s%s", end, self.checkpoints.last_path, self._best())
@@ -319,19 +318,17 @@ class Trainer:
         return bool(self.validation) and _is_due(done, self.config.iter_val, self.config.iter_max)
 
     def _validate(self, done: int, recorder: Recorder) -> None:
-        with self.gradients.all_threads(), self.state.averaged():
-            results = validate(
-                self.model,
-                self.validation,
-                psnr_type=self.config.psnr_type,  # type: ignore[arg-type]
-                world=self.world,
-            )
-        psnr = results[0][1][0].psnr
-        content = self._content(done, recorder)
-        together(
-            lambda: self.checkpoints.save_if_best(content, psnr) if self.world.is_main else None
-        )
-        recorder.validation(done, results)
+        with recorder.paused():
+            with self.gradients.all_threads(), self.state.averaged():
+                results = validate(
+                    self.model,
+                    self.validation,
+                    psnr_type=self.config.psnr_type,  # type: ignore[arg-type]
+                    world=self.world,
+                )
+            psnr = results[0][1][0].psnr
+            together(lambda: self._write_best(done, psnr, recorder) if self.world.is_main else None)
+            recorder.validation(done, results)
 
     def _catch_up(self, recorder: Recorder) -> None:
         """Validate where the run was killed between saving and the end of a validation."""
@@ -350,6 +347,9 @@ class Trainer:
     def _write(self, done: int, recorder: Recorder) -> None:
         self.divergence.check_weights(done)
         self.checkpoints.save(self._content(done, recorder))
+
+    def _write_best(self, done: int, psnr: float, recorder: Recorder) -> None:
+        self.checkpoints.save_if_best(self._content(done, recorder), psnr)
 
     def _content(self, done: int, recorder: Recorder) -> dict[str, Any]:
         return {**self.state.content(done), "means": recorder.means_so_far()}

@@ -313,6 +313,19 @@ def test_of_several_pictures_in_a_file_the_first_is_taken_and_that_is_told(
         assert read_rgb(tmp_path / "out" / f"{path.stem}_x4.png").shape == (32, 32, 3)
 
 
+def test_a_damaged_second_page_keeps_nobody_from_the_first(
+    tmp_path: Path, weights: dict[str, Path], photo: np.ndarray, demo: Demo
+) -> None:
+    path = tmp_path / "pages.tif"
+    first, second = (Image.fromarray(photo[y : y + 8, :8]) for y in (0, 8))
+    first.save(path, save_all=True, append_images=[second])
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - 150])
+    words = ("--img_path", path, "--upscale", "--weights", weights["two"])
+    assert demo(*words, "--out_dir", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "pages_x4.tif").is_file()
+
+
 def test_a_lack_of_memory_names_the_picture_and_the_rest_is_done(
     tmp_path: Path,
     weights: dict[str, Path],

@@ -1,6 +1,7 @@
 """One process at a time in a folder (utils.lock)."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -32,12 +33,17 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
 
 def test_a_folder_has_one_process_until_that_ends(holder: subprocess.Popen, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(UserError, match=f"in use by process {holder.pid}: wait"), locked(folder):
+    with (
+        pytest.raises(UserError, match=f"in use by process {holder.pid} on .*: wait"),
+        locked(folder),
+    ):
         pass
     holder.communicate("")
     assert not folder.exists()  # it held nothing else
     with locked(folder):
-        assert (folder / LOCK_NAME).read_text(encoding="utf-8") == f"{os.getpid()}\n"
+        assert (folder / LOCK_NAME).read_text(
+            encoding="utf-8"
+        ) == f"process {os.getpid()} on {platform.node()}\n"
         (folder / "kept").touch()
     assert [path.name for path in folder.iterdir()] == ["kept"]
 
@@ -48,7 +54,7 @@ def test_a_killed_process_lets_go(holder: subprocess.Popen, tmp_path: Path) -> N
     assert (tmp_path / "run" / LOCK_NAME).exists()
     with locked(tmp_path / "run"):
         pass
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
 
 
 def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(
@@ -63,7 +69,32 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(
     assert not (tmp_path / "run" / LOCK_NAME).exists()
 
 
+def test_folders_that_were_there_stay_and_those_that_were_made_go(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "new" / "run"):
+        with locked(folder):
+            assert (folder / LOCK_NAME).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_the_lock_of_another_process_is_not_removed(tmp_path: Path) -> None:
+    """Where the folder was moved, and another run has begun in its place."""
+    folder = tmp_path / "run"
+    with locked(folder):
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+        (folder / LOCK_NAME).touch()
+    assert (folder / LOCK_NAME).exists()
+
+
 def test_a_folder_that_cannot_be_made_is_left_to_others_to_refuse(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with locked(tmp_path / "file" / "run"):
         pass
+    assert (tmp_path / "file").is_file()
+
+
+def test_an_error_inside_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the run"), locked(tmp_path / "run"):
+        raise OSError("of the run")
+    assert not (tmp_path / "run").exists()

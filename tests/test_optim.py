@@ -73,8 +73,7 @@ def test_rate_depends_on_the_step_alone() -> None:
             {"T_period": [3], "restarts": [2], "weights": [-1]},
             "`lr_scheduler.args.weights` must be above 0",
         ),
-        ({"T_period": [3], "eta_min": -1}, "`lr_scheduler.args.eta_min` must be from 0 to the"),
-        ({"T_period": [3], "eta_min": 5}, "eta_min` must be from 0 to the optimizer's lr"),
+        ({"T_period": [3], "eta_min": -1}, "`lr_scheduler.args.eta_min` must be 0 or more, not -1"),
         ({"T_period": 3}, "must be a list of whole numbers, not 3"),
         ({}, "T_period` is missing"),
     ],
@@ -82,6 +81,13 @@ def test_rate_depends_on_the_step_alone() -> None:
 def test_wrong_schedules_are_named(args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         schedule(**args)
+
+
+def test_a_rate_that_rises_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    schedule(T_period=[3])
+    assert "the learning rate rises" not in caplog.text
+    schedule(T_period=[3], eta_min=5)
+    assert "`lr_scheduler.args.eta_min`, 5, is above the optimizer's lr" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,12 @@ def test_the_line_after_a_resume_is_that_of_an_undisturbed_run(
     )
     assert [iteration for iteration, *_ in straight] == [3, 6]
     assert straight == resumed
+    # A mean is a part of the vector of all gradients, which must not come with it.
+    stop_at(monkeypatch, 0, signal.SIGTERM)
+    run(config, tmp_path / "stopped")
+    stopped = load_checkpoint(tmp_path / "stopped" / LAST_NAME)
+    assert stopped["means"]["averaged"] == 1
+    assert all(v.untyped_storage().nbytes() <= 8 for v in stopped["means"]["sums"].values())
 
 
 def test_init_plays_no_part_in_a_run_that_goes_on(
@@ -109,6 +115,11 @@ def test_weights_that_learned_with_another_norm_are_refused(pictures: Path, tmp_
         run(other, tmp_path)
     with pytest.raises(UserError, match=message):
         run(other, tmp_path / "new", init=str(tmp_path / LAST_NAME))
+    half = load_checkpoint(tmp_path / LAST_NAME)["model"]
+    half["sd"] = {k: v.half() if v.is_floating_point() else v for k, v in half["sd"].items()}
+    save_checkpoint(tmp_path / "half.pth", {"model": half, "iter": 2})
+    config = make_config("fsrcnn", pictures, iter_max=1, data_norm=norm)
+    assert run(config, tmp_path / "half", init=str(tmp_path / "half.pth")) == 0
     for iterations, given in ((4, norm), (6, None)):
         assert (
             run(make_config("fsrcnn", pictures, iter_max=iterations, data_norm=given), tmp_path)

@@ -17,6 +17,7 @@ from utils.checkpoint import (
     build_model,
     check_same_model,
     load_checkpoint,
+    same_norm,
     save_checkpoint,
     weights_for_inference,
 )
@@ -49,7 +50,7 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
         model = {**spec, "sd": weights_for_inference(checkpoint)}
         states.append(build_model({"model": model}, path).state_dict())
         for key in (key for key in states[0] if key.startswith(_NORM)):
-            if not torch.equal(states[0][key], states[-1][key]):
+            if not same_norm(states[0][key], states[-1][key]):
                 raise UserError(f"checkpoint {path} has another `data_norm` than {paths[0]}")
     mean = {key: _mean([state[key] for state in states]) for key in states[0]}
     return {"model": {**spec, "sd": mean}, "iter": first.get("iter", 0)}

@@ -172,18 +172,26 @@ def check_same_model(config_spec: Mapping[str, Any], spec: Mapping[str, Any], pa
 def check_same_norm(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Refuse weights that learned with another `data_norm` than the config's, which `model` has.
 
+    Weights that are stored in half precision have a rounded one, which is taken for the same.
+
     Raises:
         UserError: naming both.
     """
     own = model.state_dict()
+    state = {key.removeprefix("module."): value for key, value in state.items()}
     for key in _OPTIONAL:
         theirs = state.get(key)
-        if theirs is not None and key in own and not torch.equal(theirs, own[key].cpu()):
+        if theirs is not None and key in own and not same_norm(theirs, own[key].cpu()):
             name = key.rpartition(".")[2]
             raise UserError(
                 f"checkpoint {source} learned with `data_norm.{name}` {_numbers(theirs)}, the "
                 f"config's is {_numbers(own[key])}: make them equal, or leave `data_norm` out"
             )
+
+
+def same_norm(first: Tensor, second: Tensor) -> bool:
+    """Whether two of `data_norm`'s values are equal, but for the rounding of half precision."""
+    return torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-3)
 
 
 def _numbers(values: Tensor) -> str:

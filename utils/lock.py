@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -20,52 +21,68 @@ LOCK_NAME = ".lock"
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes that ask for the same out of `folder` while entered.
 
-    The folder is made, and goes again if nothing was put into it. A process that dies lets go of
-    it. Where it cannot be written, or its file system has no locks, nothing is kept out.
+    The folder is made where it is missing, and goes again if nothing was put into it. A process
+    that dies lets go of it. Where it cannot be written, or its file system has no locks, nothing
+    is kept out.
 
     Raises:
-        UserError: another process has it; its number is named.
+        UserError: another process has it; its machine and number are named.
     """
-    if fcntl is None:
-        yield
-        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    file: IO[str] | None = None
     try:
-        file = _open(folder)
-    except OSError:
+        with contextlib.suppress(OSError):
+            file = _lock(folder)
         yield
-        return
-    with file:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                (folder / LOCK_NAME).unlink()
-                folder.rmdir()  # fails where it holds anything
+    finally:
+        with contextlib.suppress(OSError):
+            if file is not None:
+                _remove(folder / LOCK_NAME, file)
+            for path in missing:
+                path.rmdir()  # fails where it holds anything
 
 
-def _open(folder: Path) -> IO[str]:
-    """The lock file, open and locked."""
+def _lock(folder: Path) -> IO[str] | None:
+    """The lock file, open and locked; None where there are no locks."""
     path = folder / LOCK_NAME
-    while True:
+    while fcntl is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # the process before has just removed the folder
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The process before may have removed it since it was opened.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                file.truncate(0)
-                file.write(f"{os.getpid()}\n")
-                file.flush()
-                return file
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
-            number = file.read().strip()
+            who = file.read().strip() or "another process"
             file.close()
-            who = f"process {number}" if number else "another process"
             raise UserError(
-                f"{folder} is in use by {who}: wait for its end, or name another folder"
+                f"{folder} is in use by {who}: wait for its end, or name another folder (if it is "
+                f"gone for good, delete {path})"
             ) from error
         except BaseException:
             file.close()
             raise
-        file.close()
+        if _is_of(path, file):
+            with contextlib.suppress(OSError):  # a full disk: who has it is not told
+                file.truncate(0)
+                os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
+            return file
+        file.close()  # the process before removed it since it was opened
+    return None
+
+
+def _remove(path: Path, file: IO[str]) -> None:
+    """Remove the lock file, if it is still this one, and let go."""
+    with file:
+        if _is_of(path, file):
+            path.unlink()
+
+
+def _is_of(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is what is called `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -1,5 +1,6 @@
 """What the demo's two kinds of work on picture files share, and many files in a row."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from engine.memory import memory_named
 from engine.sharing import shared_out
 from utils.cli import one_line
 from utils.distributed import World
+from utils.errors import UserError
 from utils.images import Picture, count_frames, read_picture, read_size
 
 _log = logging.getLogger(__name__)
@@ -122,6 +124,7 @@ def read_input(path: Path) -> Picture:
         UserError: as `read_picture`.
     """
     picture = read_picture(path)
-    if (frames := count_frames(path)) > 1:
-        _log.warning("%s holds %d pictures: the first is taken", path, frames)
+    with contextlib.suppress(UserError):  # the others may be damaged
+        if (frames := count_frames(path)) > 1:
+            _log.warning("%s holds %d pictures: the first is taken", path, frames)
     return picture

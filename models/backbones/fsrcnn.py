@@ -41,7 +41,6 @@ class FSRCNN(SRNetwork):
         check_sizes(d=d, s=s, m=m)
         self.out_dim = d
         self.receptive_radius_px = 2 + m
-        # 9 taps reach 4 output pixels far, less the offset of the grid: one LR pixel at x3 and x4.
         self.head_conv = nn.Sequential(nn.Conv2d(3, d, 5, padding=2), nn.PReLU())
         self.body_conv = nn.Sequential(
             nn.Sequential(nn.Conv2d(d, s, 1), nn.PReLU()),
