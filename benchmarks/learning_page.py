@@ -45,7 +45,7 @@ _LOSSES = """## Pixel losses: {config}
 with a cosine to the end. PSNR (dB, RGB){where}.
 
 L1 aims at the median of what HR can be, L2 at its mean, which is what PSNR rewards. L2's gradient
-is led by the few patches with large errors; PSNR's own (`psnr_from`) weighs all patches alike.
+is led by the few pixels with large errors.
 """
 # Parts that are kept for each config begin so.
 _OPTIMIZERS_KEY = "optimizers/"
