@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,14 @@ class Events:
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
         self._failed = False
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._writer = SummaryWriter(str(folder))
         file = self._writer.file_writer.event_writer._ev_writer
         for name in ("write_event", "flush", "close"):
             setattr(file, name, self._guarded(getattr(file, name)))
+        # What SummaryWriter's own `purge_step` writes, but not before the thread is guarded.
+        start = SessionLog(status=SessionLog.START)
+        self._writer.file_writer.add_event(Event(step=purge_step, file_version="brain.Event:2"))
+        self._writer.file_writer.add_event(Event(step=purge_step, session_log=start))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self._writer.add_scalar(tag, value, step)

@@ -94,7 +94,10 @@ def test_a_last_row_without_its_end_is_not_spoilt_by_the_next(tmp_path: Path) ->
 def test_a_full_disk_ends_tensorboard_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its thread lives on: with more events than its queue takes, a run would hang else."""
+    """Its thread lives on: with more events than its queue takes, a run would hang else.
+
+    From the first event on that the thread writes.
+    """
     written = 0
 
     def write_event(*_: object) -> None:
