@@ -114,7 +114,6 @@ def _write(output: Path, source: Path, config: Config, network: nn.Module) -> No
     spec = checkpoint["model"] if "name" in checkpoint["model"] else config.model
     state = {key: value.cpu() for key, value in network.state_dict().items()}
     model = {"name": spec["name"], "args": dict(spec.get("args") or {}), "sd": state}
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(output, {"model": model, "iter": checkpoint.get("iter", 0)})
     print(f"{output}: the same with new weights for them, to start training from (--init)")
 

@@ -20,7 +20,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint, weights_for_infer
 from utils.cli import Parser, run
 from utils.config import load_config
 from utils.errors import UserError
-from utils.output_words import new_weights_file
+from utils.output_words import add_new_weights_word
 
 # Where PCSR keeps its backbone, in specs and in state dicts.
 _SPEC, _PREFIX = "encoder_spec", "encoder."
@@ -79,20 +79,13 @@ def main() -> None:
     parser.add_argument(
         "--config", required=True, metavar="YAML", help="Config of the model to begin with."
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=new_weights_file,
-        metavar="PTH",
-        help="Checkpoint to write, a new file.",
-    )
+    add_new_weights_word(parser)
     args = parser.parse_args()
     config = load_config(args.config)
     if config.seed is not None:
         torch.manual_seed(config.seed)
     state = weights_for_inference(load_checkpoint(args.weights))
     model = transplanted(config.model, state, args.weights, config.data_norm)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(args.out, {"model": {**config.model, "sd": model.state_dict()}, "iter": 0})
     print(f"{args.out}: {config.model['name']} with the backbone of {args.weights}")
 

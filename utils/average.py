@@ -23,7 +23,7 @@ from utils.checkpoint import (
 )
 from utils.cli import Parser, run
 from utils.errors import UserError
-from utils.output_words import new_weights_file
+from utils.output_words import add_new_weights_word
 
 # Buffers that say what the network's values mean: not to be averaged.
 _NORM = "norm."
@@ -73,18 +73,11 @@ def main() -> None:
     parser.add_argument(
         "checkpoints", nargs="+", type=Path, metavar="PTH", help="Two checkpoints or more."
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=new_weights_file,
-        metavar="PTH",
-        help="Checkpoint to write, a new file.",
-    )
+    add_new_weights_word(parser)
     args = parser.parse_args()
     if len(args.checkpoints) < 2:
         parser.error("a mean takes two checkpoints or more")
     checkpoint = average(args.checkpoints)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(args.out, checkpoint)
     print(f"{args.out}: the mean of {len(args.checkpoints)} x {checkpoint['model']['name']}")
 

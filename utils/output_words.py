@@ -40,6 +40,17 @@ def new_weights_file(text: str) -> Path:
     return path
 
 
+def add_new_weights_word(parser: argparse.ArgumentParser) -> None:
+    """``--out``."""
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=new_weights_file,
+        metavar="PTH",
+        help="Checkpoint to write, a new file.",
+    )
+
+
 def _file_with(text: str, suffix: str) -> Path:
     path = _file(text)
     if path.suffix.lower() != suffix:
