@@ -6,6 +6,8 @@ are the upsamplers' relative costs (:meth:`utils.flops.PcsrCost.log_costs`). Tie
 Axes: B patches (or tiles) of *one* image, M upsamplers, H W output.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +18,18 @@ from torch import Tensor
 
 from models.native import library
 from models.native.passes import histogram as histogram_of
+from utils.cli import one_line
 from utils.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 # Beyond this k every logit is negligible; larger values would overflow float32.
 MAX_K = 1e30
 
 # The published clustering: fast_pytorch_kmeans with max_iter 20 and tol 1e-4. Its first iteration
 # has a single centroid and only yields the start centroids, so 19 are left.
-_LLOYD_STEPS = 19
-_LLOYD_TOLERANCE = 1e-4
+LLOYD_STEPS = 19
+LLOYD_TOLERANCE = 1e-4
 _SCORE_BINS = 2**16
 _CHUNK_PIXELS = 2**20
 # Elsewhere than on a CPU: what a chunk starts costs as much as a million pixels.
@@ -132,6 +137,10 @@ class AdaptiveRouting:
         """See :class:`Routing`."""
         _check_count(margins_BKHW, log_costs_M)
         check_adaptive(len(log_costs_M))
+        if margins_BKHW.device.type != "cpu" and _is_right_on(margins_BKHW.device):
+            from models.kernels.adaptive import adaptive_classes  # needs Triton
+
+            return adaptive_classes(margins_BKHW[:, 0])
         scores = HeavyScores(margins_BKHW)
         threshold = lloyd_threshold(scores.histogram().cpu())
         classes = _all_light(margins_BKHW)
@@ -169,11 +178,7 @@ class HeavyScores:
 
     def __init__(self, margins_BKHW: Tensor) -> None:
         self._margins = margins_BKHW[:, 0].reshape(-1)
-        # The sigmoid is monotonic, so the extremes can be found before it.
-        low, high = torch.stack(torch.aminmax(self._margins)).float().sigmoid()
-        self._low = low
-        span = high - low
-        self._span = span.where(span > 0, math.inf)
+        self._low, self._span = extreme_scores(self._margins)
         self._kept: list[Tensor] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -205,6 +210,38 @@ class HeavyScores:
         return histogram
 
 
+def extreme_scores(margins: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest probability of an image, and how far the highest is above it: infinitely where
+    there is no difference, so that all scores are 0. Scalars, float32."""
+    # The sigmoid is monotonic, so the extremes can be found before it.
+    low, high = torch.stack(torch.aminmax(margins)).float().sigmoid()
+    span = high - low
+    return low, span.where(span > 0, math.inf)
+
+
+@functools.cache
+def _is_right_on(device: torch.device) -> bool:
+    """Whether the GPU kernel's classes are those of the histogram, on a small image."""
+    from models import kernels  # it imports the backbones
+
+    if not kernels.available(device):
+        return False
+    from models.kernels.adaptive import adaptive_classes  # needs Triton
+
+    margins = torch.linspace(-6, 3, 5000).view(1, 50, 100)
+    margins = margins.roll(1234).view_as(margins)
+    expected = AdaptiveRouting().classes(margins[:, None], (0.0, 1.0))
+    try:
+        different = (adaptive_classes(margins.to(device)).cpu() != expected).sum()
+        # A bin of the histogram goes to one side as a whole.
+        right, reason = int(different) <= 1, "it is wrong"
+    except Exception as error:  # Triton's are of many kinds
+        right, reason = False, one_line(error)
+    if not right:
+        _log.warning("fused kernels: no ADM by them, plain torch is used: %s", reason)
+    return right
+
+
 def _chunk_pixels(like: Tensor) -> int:
     return _CHUNK_PIXELS if like.device.type == "cpu" else _DEVICE_CHUNK_PIXELS
 
@@ -229,7 +266,7 @@ def lloyd_threshold(histogram_2N: Tensor) -> float:
     # With a 0 before the first: what is below each bin.
     counts_below, sums_below = torch.nn.functional.pad(histogram_2N.cumsum(1), (1, 0)).numpy()
     light, heavy = 0.0, float(sums_below[-1] / counts_below[-1])
-    for _ in range(_LLOYD_STEPS):
+    for _ in range(LLOYD_STEPS):
         threshold = (light + heavy) / 2
         # The bin that it falls into; of NaN, for which no comparison holds, the first.
         split = min(int(threshold * bins), bins - 1) if threshold > 0 else 0
@@ -238,7 +275,7 @@ def lloyd_threshold(histogram_2N: Tensor) -> float:
         above = _mean(sums_below[-1] - sums_below[split], counts_below[-1] - counts_below[split])
         moved = (below - light) ** 2 + (above - heavy) ** 2
         light, heavy = below, above
-        if moved <= _LLOYD_TOLERANCE:
+        if moved <= LLOYD_TOLERANCE:
             break
     return threshold
 

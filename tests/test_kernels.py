@@ -1,5 +1,6 @@
 """The fused kernels of the upsamplers give what the reference engine gives."""
 
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
 from tests.processes import REPOSITORY
 from tests.triton_device import (
     DEVICE,
+    INTERPRETED,
     LIGHT_AND_HEAVY,
     compiled,
     halves,
@@ -98,6 +100,29 @@ def test_compiles_for_gpus(capability: int, dtype: str, instruction: str) -> Non
     assert binary.metadata.shared <= 99 * 1024
 
 
+@needs_triton
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("writes", ["sums", "first sums", "classes"])
+def test_adaptive_routing_compiles_for_gpus(capability: int, writes: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from models.kernels.adaptive import _pass
+
+    constants: dict[str, Any] = {"IS_FIRST": writes == "first sums", "TOLERANCE": 1e-4}
+    constants |= {"PROGRAMS": 512, "BLOCK": 2048}
+    if writes != "classes":
+        constants["classes_ptr"] = None
+    signature = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in _pass.arg_names}
+    signature |= {"history_ptr": "*fp64", "partials_ptr": "*fp64", "classes_ptr": "*u8"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(_pass, signature, constants)
+    binary = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 8})
+    assert binary.metadata.shared <= 48 * 1024
+    assert "atom" not in binary.asm["ptx"]
+
+
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
     types = {"sums_ptr": dtype, "weights_ptr": dtype, "pixels_ptr": "i32", "bounds_ptr": "i32"}
     signature = {}
@@ -129,6 +154,35 @@ def check_equal(*args: Any, **options: Any) -> SRResult:
     assert fused.pixel_counts == reference.pixel_counts
     torch.testing.assert_close(fused.sr, reference.sr, rtol=0, atol=1e-5)
     return fused
+
+
+@on_device
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize(
+    ("pixels", "spread", "offset"),
+    [(1, 1, 0), (7, 1, 0), (500, 3, 0), (70_000, 1, 4), (70_000, 6, -3), (300_000, 40, 9)],
+)
+def test_adaptive_routing(pixels: int, spread: float, offset: float) -> None:
+    """The histogram's classes, on images of very different spread."""
+    from models.kernels.adaptive import adaptive_classes
+
+    generator = torch.Generator().manual_seed(0)
+    margins = offset + spread * torch.randn(1, 1, pixels, generator=generator)
+    expected = AdaptiveRouting().classes(margins[:, None], (0.0, 1.0))
+    programs = 4 if INTERPRETED else 512
+    classes = adaptive_classes(margins.to(DEVICE), programs=programs)
+    assert (classes.cpu() != expected).double().mean() <= 1e-4
+    assert torch.equal(classes, adaptive_classes(margins.to(DEVICE), programs=programs))
+
+
+@on_device
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("value", [-100.0, 0.0, 100.0, math.nan])
+def test_adaptive_routing_without_spread_is_light(value: float) -> None:
+    from models.kernels.adaptive import adaptive_classes
+
+    margins = torch.full((2, 5, 4), value, device=DEVICE)
+    assert (adaptive_classes(margins, programs=2) == 0).all()
 
 
 @on_device
