@@ -1,6 +1,7 @@
 """Evaluate a PCSR model of any phase."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from engine.budget import OriginalCost
@@ -12,6 +13,8 @@ from engine.sweep_cli import Sweep, add_sweep_words
 from utils.cli import positive_float, run
 from utils.config import Config, load_config
 from utils.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def prepare(request: Request) -> Subject:
@@ -51,6 +54,8 @@ def original_cost(args: argparse.Namespace, config: Config) -> OriginalCost:
     backbone = config.model["args"]["encoder_spec"]["name"]
     if args.original_config is None:
         return OriginalCost(backbone)
+    if not args.sweep and (args.budget is None or args.budget.unit != "share"):
+        _log.warning("--original_config changes nothing: no share of the original is asked for")
     return OriginalCost.of_config(backbone, load_config(args.original_config))
 
 

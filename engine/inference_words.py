@@ -120,8 +120,9 @@ def routing_from(
     if upsamplers == 1:
         if args.budget is not None:
             raise UserError("--budget: the model has one upsampler, so there is nothing to choose")
-        for word, value in (("k", args.k), ("adaptive", args.adaptive or None)):
-            if value is not None:
+        given = {"k": args.k is not None, "adaptive": args.adaptive}
+        for word, is_given in {**given, "no_refinement": args.no_refinement}.items():
+            if is_given:
                 _log.warning("--%s changes nothing: the model has one upsampler", word)
         return FixedRouting(_HEAVIEST)
     if args.upsampler is not None:

@@ -135,6 +135,11 @@ class CosineRestart:
             raise UserError(
                 "config: `lr_scheduler.args`: T_period takes positive iterations, restarts ascend"
             )
+        if len(T_period) > len(restarts) + 1:
+            raise UserError(
+                f"config: `lr_scheduler.args`: `T_period` has {len(T_period)} entries and "
+                f"`restarts` {len(restarts)}: at most one period more than restarts"
+            )
         if len(weights) != len(restarts):
             raise UserError(
                 f"config: `lr_scheduler.args`: `restarts` has {len(restarts)} entries and "

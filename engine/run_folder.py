@@ -52,7 +52,8 @@ def open_folder(save_dir: Path, config: Config, start: Start) -> None:
         logger.info("%s kept in %s", what, kept)
     if start.resumes:
         logger.info("resumed at iteration %d from %s", start.iteration, start.path)
-        _log_changes(config, start, earlier)
+        for key, old, new in _changes(config, start, earlier):
+            logger.info("`%s` was %s and is now %s, as the config says", key, old, new)
     elif start.path is not None:
         what = "weights" if config.phase is None else "backbone and heavy upsampler"
         logger.info("%s from %s", what, start.path)
@@ -104,8 +105,15 @@ def _config_of(save_dir: Path, name: str) -> Config | None:
         return None
 
 
-def _log_changes(config: Config, start: Start, earlier: Config | None) -> None:
-    """Say where the config has changed since the checkpoint: it is the config that counts.
+def warn_of_changes(save_dir: Path, config: Config, start: Start) -> None:
+    """Say where the config of a finished run is no longer what it was trained with."""
+    told = "`%s` was %s and is now %s, which the finished run knows nothing of"
+    for change in _changes(config, start, _config_of(save_dir, config.name)):
+        logger.warning(told, *change)
+
+
+def _changes(config: Config, start: Start, earlier: Config | None) -> list[tuple[str, Any, Any]]:
+    """Where the config has changed since the checkpoint: keys, and their values before and now.
 
     Args:
         earlier: what the folder's run had, for what checkpoints do not hold.
@@ -124,8 +132,7 @@ def _log_changes(config: Config, start: Start, earlier: Config | None) -> None:
         values = [dataclasses.asdict(each) for each in (earlier, config)]
         before, after = ({k: v for k, v in each.items() if k not in known} for each in values)
         changes += _differences(before, after)
-    for key, old, new in changes:
-        logger.info("`%s` was %s and is now %s, as the config says", key, old, new)
+    return changes
 
 
 def _differences(

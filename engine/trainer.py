@@ -21,7 +21,7 @@ from engine.memory import memory_named
 from engine.objectives import make_objective
 from engine.pixel_loss import PixelLoss
 from engine.recorder import Recorder
-from engine.run_folder import check_place, open_folder
+from engine.run_folder import check_place, open_folder, warn_of_changes
 from engine.start import Start, TrainOptions, find_start, is_complete
 from engine.state import TrainState
 from engine.stop import StopSignal
@@ -86,6 +86,8 @@ def train(config: Config, options: TrainOptions, world: World) -> int:
         together(lambda: stack.enter_context(locked(options.save_dir)) if world.is_main else None)
         start = on_main(lambda: find_start(config, options))
         if on_main(lambda: is_complete(config, options, start)):
+            if world.is_main:
+                warn_of_changes(options.save_dir, config, start)
             logger.info(
                 "nothing to do: finished at iteration %d; a larger `iter_max` goes on from there, "
                 "--resume never starts anew",

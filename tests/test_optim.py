@@ -66,6 +66,7 @@ def test_rate_depends_on_the_step_alone() -> None:
     [
         ({"T_period": []}, "T_period takes positive"),
         ({"T_period": [0]}, "T_period takes positive"),
+        ({"T_period": [3, 4]}, "at most one period more"),
         ({"T_period": [3], "restarts": [5, 2], "weights": [1, 1]}, "restarts ascend"),
         ({"T_period": [3], "restarts": [2]}, "1 entries and `weights` 0: one weight per"),
         ({"T_period": [3], "restarts": [2], "weights": [1, 1]}, "1 entries and `weights` 2"),

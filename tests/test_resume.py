@@ -167,6 +167,7 @@ def test_a_run_beyond_a_shortened_end_is_left_alone(
     (tmp_path / "metrics.jsonl").write_bytes(b"")  # as where it was stopped before a validation
     assert run(validated(pictures, iter_max=2), tmp_path) == 0
     assert "nothing to do: finished at iteration 3" in caplog.text
+    assert "`iter_max` was 3 and is now 2, which the finished run knows nothing of" in caplog.text
     assert (tmp_path / LAST_NAME).read_bytes() == before
 
 

@@ -170,9 +170,13 @@ def test_self_ensemble_costs_eight_times_as_much(name, place, run, tmp_path) -> 
 
 def test_phase_0_checkpoint_is_all_heavy(place, run, tmp_path) -> None:
     weights = place / "tiny-pcsr-phase0.pth"
-    command = words(place, "tiny-pcsr-phase1", "--adaptive", "--per_image", weights=weights)
+    idle = ("--adaptive", "--no_refinement")
+    command = words(place, "tiny-pcsr-phase1", *idle, "--per_image", weights=weights)
+    command.append("--original_config=configs/tiny-x4.yaml")
     code, output, errors = run([*command, f"--json={tmp_path / 'f.json'}"])
-    assert "--adaptive changes nothing: the model has one upsampler" in errors
+    for word in idle:
+        assert f"{word} changes nothing: the model has one upsampler" in errors
+    assert "--original_config changes nothing: no share of the original" in errors
     written = json.loads((tmp_path / "f.json").read_text())
     assert (code, written["mean"]["shares"]) == (0, [1.0])
     assert written["conventions"]["routing"] == "all-heavy"
