@@ -243,41 +243,115 @@ def conv_sum(
         else:
             source_ptr = fourth_ptr
         low_ptr = source_ptr + total.to(tl.int64) * CHANNELS[index]
-        channel = tl.arange(0, CHANNELS[index])
-        # Not unrolled: loads then run ahead of products.
-        for tap in range(SIDE * SIDE):
-            down = tap // SIDE - SIDE // 2
-            right = tap % SIDE - SIDE // 2
-            is_there = is_inside & (row + down >= 0) & (row + down < h)
-            is_there = is_there & (col + right >= 0) & (col + right < w)
-            source = (pixel + down * w + right) * CHANNELS[index]
-            source = source[:, None] + channel[None, :]
-            x = tl.load(source_ptr + source, mask=is_there[:, None], other=0.0)
-            at = (tap * CHANNELS[index] + channel[:, None]) * COLUMNS + output[None, :]
-            weights = tl.load(weights_ptr + at)
-            sums = tl.dot(x, weights, sums)
-            if IN_PARTS:
-                low = tl.load(low_ptr + source, mask=is_there[:, None], other=0.0)
-                rest = tl.dot(low, weights, rest)
-                rest = tl.dot(x, tl.load(low_weights_ptr + at), rest)
+        sums, rest = _products(
+            sums,
+            rest,
+            source_ptr,
+            low_ptr,
+            weights_ptr,
+            low_weights_ptr,
+            pixel,
+            row,
+            col,
+            is_inside,
+            h,
+            w,
+            CHANNELS[index],
+            SIDE,
+            COLUMNS,
+            IN_PARTS,
+        )
         weights_ptr += CHANNELS[index] * SHARE
         low_weights_ptr += CHANNELS[index] * SHARE
     if IN_PARTS:
         sums += rest / SCALE
     is_inside = is_inside[:, None]
-    at = pixel[:, None] * COLUMNS + output[None, :]
     if added_ptr is not None:
-        sums += tl.load(added_ptr + at, mask=is_inside, other=0.0).to(tl.float32)
-        if ADDED_IN_PARTS:
-            low_ptr = added_ptr + total.to(tl.int64) * COLUMNS
-            sums += tl.load(low_ptr + at, mask=is_inside, other=0.0).to(tl.float32) / SCALE
+        at = pixel[:, None] * COLUMNS + output[None, :]
+        sums = _with_added(sums, added_ptr, at, total, COLUMNS, is_inside, ADDED_IN_PARTS, SCALE)
     sums = tl.where(sums < 0, sums * tl.load(slope_ptr + output)[None, :], sums)
     at = pixel[:, None] * OUT_COLUMNS + output[None, :]
     is_written = is_inside & (output < OUT_COLUMNS)[None, :]
-    if OUT_IN_PARTS:
-        high = tl.clamp(sums, -LARGEST, LARGEST).to(tl.float16)
-        tl.store(out_ptr + at, high, mask=is_written)
-        low = tl.clamp((sums - high.to(tl.float32)) * SCALE, -LARGEST, LARGEST).to(tl.float16)
-        tl.store(out_ptr + total.to(tl.int64) * OUT_COLUMNS + at, low, mask=is_written)
+    _store(out_ptr, at, sums, total, OUT_COLUMNS, is_written, OUT_IN_PARTS, SCALE, LARGEST)
+
+
+@triton.jit
+def _products(
+    sums,
+    rest,
+    source_ptr,
+    low_ptr,
+    weights_ptr,
+    low_weights_ptr,
+    pixel,
+    row,
+    col,
+    is_inside,
+    h,
+    w,
+    CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """`sums` and `rest` with one source's products, tap by tap."""
+    channel = tl.arange(0, CHANNELS)
+    output = tl.arange(0, COLUMNS)
+    # Not unrolled: loads then run ahead of products.
+    for tap in range(SIDE * SIDE):
+        down = tap // SIDE - SIDE // 2
+        right = tap % SIDE - SIDE // 2
+        is_there = is_inside & (row + down >= 0) & (row + down < h)
+        is_there = is_there & (col + right >= 0) & (col + right < w)
+        source = (pixel + down * w + right) * CHANNELS
+        source = source[:, None] + channel[None, :]
+        x = tl.load(source_ptr + source, mask=is_there[:, None], other=0.0)
+        at = (tap * CHANNELS + channel[:, None]) * COLUMNS + output[None, :]
+        weights = tl.load(weights_ptr + at)
+        sums = tl.dot(x, weights, sums)
+        if IN_PARTS:
+            low = tl.load(low_ptr + source, mask=is_there[:, None], other=0.0)
+            rest = tl.dot(low, weights, rest)
+            rest = tl.dot(x, tl.load(low_weights_ptr + at), rest)
+    return sums, rest
+
+
+@triton.jit
+def _with_added(
+    sums,
+    ptr,
+    at,
+    total,
+    COLUMNS: tl.constexpr,
+    is_inside,
+    IN_PARTS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """`sums` and other activations, in parts or not."""
+    sums += tl.load(ptr + at, mask=is_inside, other=0.0).to(tl.float32)
+    if IN_PARTS:
+        low_ptr = ptr + total.to(tl.int64) * COLUMNS
+        sums += tl.load(low_ptr + at, mask=is_inside, other=0.0).to(tl.float32) / SCALE
+    return sums
+
+
+@triton.jit
+def _store(
+    ptr,
+    at,
+    values,
+    total,
+    COLUMNS: tl.constexpr,
+    is_written,
+    IN_PARTS: tl.constexpr,
+    SCALE: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """Write float32 values, in parts (see :func:`split`) or not."""
+    if IN_PARTS:
+        high = tl.clamp(values, -LARGEST, LARGEST).to(tl.float16)
+        tl.store(ptr + at, high, mask=is_written)
+        low = tl.clamp((values - high.to(tl.float32)) * SCALE, -LARGEST, LARGEST).to(tl.float16)
+        tl.store(ptr + total.to(tl.int64) * COLUMNS + at, low, mask=is_written)
     else:
-        tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=is_written)
+        tl.store(ptr + at, values.to(ptr.dtype.element_ty), mask=is_written)

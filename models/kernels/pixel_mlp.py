@@ -224,30 +224,11 @@ def pixel_mlp(
     source = ((image * h + near_y) * w + near_x).to(tl.int64)
     rel_y = tl.load(rel_y_ptr + row)
     rel_x = tl.load(rel_x_ptr + col)
-    WIDTH: tl.constexpr = STARTS[-1] + SIZES[-1]
-    y = ()
-    for n in tl.static_range(len(SIZES)):
-        unit = STARTS[n] + tl.arange(0, SIZES[n])
-        sums = tl.load(sums_ptr + source[:, None] * WIDTH + unit[None, :]).to(tl.float32)
-        wy = tl.load(geometry_ptr + unit)
-        wx = tl.load(geometry_ptr + WIDTH + unit)
-        constant = tl.load(geometry_ptr + 4 * WIDTH + unit)
-        constant += cell_y * tl.load(geometry_ptr + 2 * WIDTH + unit)
-        constant += cell_x * tl.load(geometry_ptr + 3 * WIDTH + unit)
-        sums += rel_y[:, None] * wy[None, :] + rel_x[:, None] * wx[None, :] + constant[None, :]
-        y = y + (sums,)
+    y = _first_layer(sums_ptr, geometry_ptr, source, rel_y, rel_x, cell_y, cell_x, STARTS, SIZES)
     if LAYERS > 0:
-        dtype: tl.constexpr = weights_ptr.dtype.element_ty
-        x = _relu(y, dtype)
-        # Not unrolled: that would take registers, and several times as long to compile.
-        for layer in range(LAYERS - 1):
-            hidden_ptr = weights_ptr + layer * (WIDTH * WIDTH)
-            bias_ptr = biases_ptr + layer * WIDTH
-            y = _dense(x, hidden_ptr, bias_ptr, STARTS, SIZES, STARTS, SIZES, BLOCK, PRECISION)
-            x = _relu(y, dtype)
-        last_ptr = weights_ptr + (LAYERS - 1) * (WIDTH * WIDTH)
-        bias_ptr = biases_ptr + (LAYERS - 1) * WIDTH
-        y = _dense(x, last_ptr, bias_ptr, STARTS, SIZES, (0,), OUT_SIZES, BLOCK, PRECISION)
+        y = _other_layers(
+            y, weights_ptr, biases_ptr, LAYERS, STARTS, SIZES, OUT_SIZES, BLOCK, PRECISION
+        )
 
     is_written = index < total
     output = tl.arange(0, OUT_SIZES[0])
@@ -268,6 +249,61 @@ def pixel_mlp(
             low = _between(plane_ptr + below + left, plane_ptr + below + right, weight_x)
             result = result * tl.load(std_ptr + k) + high + (low - high) * weight_y
         tl.store(out_ptr + plane * (H * W) + place, result, mask=is_written)
+
+
+@triton.jit
+def _first_layer(
+    sums_ptr,
+    geometry_ptr,
+    source,
+    rel_y,
+    rel_x,
+    cell_y,
+    cell_x,
+    STARTS: tl.constexpr,
+    SIZES: tl.constexpr,
+):
+    """The first layer at each pixel, from the sums at its LR pixel and its place there."""
+    WIDTH: tl.constexpr = STARTS[-1] + SIZES[-1]
+    y = ()
+    for n in tl.static_range(len(SIZES)):
+        unit = STARTS[n] + tl.arange(0, SIZES[n])
+        sums = tl.load(sums_ptr + source[:, None] * WIDTH + unit[None, :]).to(tl.float32)
+        wy = tl.load(geometry_ptr + unit)
+        wx = tl.load(geometry_ptr + WIDTH + unit)
+        constant = tl.load(geometry_ptr + 4 * WIDTH + unit)
+        constant += cell_y * tl.load(geometry_ptr + 2 * WIDTH + unit)
+        constant += cell_x * tl.load(geometry_ptr + 3 * WIDTH + unit)
+        sums += rel_y[:, None] * wy[None, :] + rel_x[:, None] * wx[None, :] + constant[None, :]
+        y = y + (sums,)
+    return y
+
+
+@triton.jit
+def _other_layers(
+    y,
+    weights_ptr,
+    biases_ptr,
+    LAYERS: tl.constexpr,
+    STARTS: tl.constexpr,
+    SIZES: tl.constexpr,
+    OUT_SIZES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All layers but the first, each on what the one before gives through a ReLU."""
+    WIDTH: tl.constexpr = STARTS[-1] + SIZES[-1]
+    dtype: tl.constexpr = weights_ptr.dtype.element_ty
+    x = _relu(y, dtype)
+    # Not unrolled: that would take registers, and several times as long to compile.
+    for layer in range(LAYERS - 1):
+        hidden_ptr = weights_ptr + layer * (WIDTH * WIDTH)
+        bias_ptr = biases_ptr + layer * WIDTH
+        y = _dense(x, hidden_ptr, bias_ptr, STARTS, SIZES, STARTS, SIZES, BLOCK, PRECISION)
+        x = _relu(y, dtype)
+    last_ptr = weights_ptr + (LAYERS - 1) * (WIDTH * WIDTH)
+    bias_ptr = biases_ptr + (LAYERS - 1) * WIDTH
+    return _dense(x, last_ptr, bias_ptr, STARTS, SIZES, (0,), OUT_SIZES, BLOCK, PRECISION)
 
 
 @triton.jit
