@@ -30,7 +30,7 @@ from models.fast import FastEngine
 from models.grid import PixelGrid
 from models.inference import Engine
 from models.pcsr import PCSR
-from models.routing import FixedRouting, Routing
+from models.routing import FixedRouting, Routing, classes_by_histogram
 from utils.atomic import write_text
 from utils.cli import Parser, add_device_words, check_device_words, positive_int, run
 from utils.device import pick_device, resolve_precision
@@ -100,8 +100,9 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = Parser(
         description="Compare the fused kernels with plain torch on a GPU: the error of classifier "
-        "and upsamplers, relative to plain torch in fp32, and their time on the device. Ends with "
-        "code 1 where a kernel is wrong, and with 2 where there is no GPU.",
+        "and upsamplers, relative to plain torch in fp32, and their time on the device; and ADM's "
+        "classes and time, the host's included. Ends with code 1 where a kernel is wrong, and "
+        "with 2 where there is no GPU.",
         example="python -m benchmarks.kernels --json results/benchmarks/kernels.json",
     )
     parser.add_argument(
@@ -150,6 +151,7 @@ def main() -> int:
         for backbone in dict.fromkeys(args.backbone):
             bench = KernelBench(backbone, precision, tuple(args.lr_size), device, args.rounds)
             parts += bench.parts(peak)
+            print(bench.adaptive())
             if args.tune:
                 bench.tune()
     print(format_table(TITLES, [part.cells() for part in parts]))
@@ -203,6 +205,31 @@ class KernelBench:
 
             measured.append(self._part(name, upsample, upsample(self.exact), peak))
         return measured
+
+    def adaptive(self) -> str:
+        """ADM by its kernel and by a histogram, on a line."""
+        from models.kernels.adaptive import adaptive_classes
+
+        margins_BKHW = self._classify(self.fused)[0]
+        ways: dict[str, Callable[[], Tensor]] = {
+            "kernel": lambda: adaptive_classes(margins_BKHW[:, 0]),
+            "histogram": lambda: classes_by_histogram(margins_BKHW),
+        }
+        ours, theirs = (way() for way in ways.values())
+
+        def timed(way: Callable[[], Tensor]) -> float:
+            with _Events(self.device) as events:
+                way()
+            return events.elapsed_ms
+
+        calls = {name: lambda way=way: timed(way) for name, way in ways.items()}
+        times = round_robin(calls, self.rounds)
+        kernel_ms, histogram_ms = (statistics.median(times[name]) for name in ways)
+        return (
+            f"{self.backbone} {self.precision}, ADM: {kernel_ms:.3f} ms, by a histogram "
+            f"{histogram_ms:.3f} ms; {float((ours != theirs).double().mean()):.4%} of the classes "
+            f"differ"
+        )
 
     def tune(self) -> None:
         """Print the time of each upsampler, everywhere, with other launch options."""

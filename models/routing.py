@@ -141,13 +141,7 @@ class AdaptiveRouting:
             from models.kernels.adaptive import adaptive_classes  # needs Triton
 
             return adaptive_classes(margins_BKHW[:, 0])
-        scores = HeavyScores(margins_BKHW)
-        threshold = lloyd_threshold(scores.histogram().cpu())
-        classes = _all_light(margins_BKHW)
-        chunks = classes.view(-1).split(_chunk_pixels(classes))
-        for chunk, of_chunk in zip(chunks, scores, strict=True):
-            torch.gt(of_chunk, threshold, out=chunk.view(torch.bool))
-        return classes
+        return classes_by_histogram(margins_BKHW)
 
     def describe(self) -> str:
         return "adaptive (ADM)"
@@ -163,6 +157,21 @@ def check_adaptive(upsamplers: int) -> None:
         raise UserError(
             f"--adaptive works with 2 upsamplers and this model has {upsamplers}: use --k"
         )
+
+
+def classes_by_histogram(margins_BKHW: Tensor) -> Tensor:
+    """ADM's classes (B, H, W) uint8 by plain torch, and by the CPU's kernels, on any device.
+
+    Args:
+        margins_BKHW: of a whole image, K = 1.
+    """
+    scores = HeavyScores(margins_BKHW)
+    threshold = lloyd_threshold(scores.histogram().cpu())
+    classes = _all_light(margins_BKHW)
+    chunks = classes.view(-1).split(_chunk_pixels(classes))
+    for chunk, of_chunk in zip(chunks, scores, strict=True):
+        torch.gt(of_chunk, threshold, out=chunk.view(torch.bool))
+    return classes
 
 
 class HeavyScores:
@@ -228,9 +237,8 @@ def _is_right_on(device: torch.device) -> bool:
         return False
     from models.kernels.adaptive import adaptive_classes  # needs Triton
 
-    margins = torch.linspace(-6, 3, 5000).view(1, 50, 100)
-    margins = margins.roll(1234).view_as(margins)
-    expected = AdaptiveRouting().classes(margins[:, None], (0.0, 1.0))
+    margins = torch.linspace(-6, 3, 5000).roll(1234).view(1, 50, 100)
+    expected = classes_by_histogram(margins[:, None])
     try:
         different = (adaptive_classes(margins.to(device)).cpu() != expected).sum()
         # A bin of the histogram goes to one side as a whole.

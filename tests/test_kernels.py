@@ -15,7 +15,13 @@ from models.inference import SRResult, super_resolve
 from models.patches import super_resolve_patches
 from models.pcsr import PCSR
 from models.reference import ReferenceEngine
-from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
+from models.routing import (
+    AdaptiveRouting,
+    FixedRouting,
+    KRouting,
+    Routing,
+    classes_by_histogram,
+)
 from tests.processes import REPOSITORY
 from tests.triton_device import (
     DEVICE,
@@ -168,7 +174,7 @@ def test_adaptive_routing(pixels: int, spread: float, offset: float) -> None:
 
     generator = torch.Generator().manual_seed(0)
     margins = offset + spread * torch.randn(1, 1, pixels, generator=generator)
-    expected = AdaptiveRouting().classes(margins[:, None], (0.0, 1.0))
+    expected = classes_by_histogram(margins[:, None])
     programs = 4 if INTERPRETED else 512
     classes = adaptive_classes(margins.to(DEVICE), programs=programs)
     assert (classes.cpu() != expected).double().mean() <= 1e-4
