@@ -13,7 +13,7 @@ def prepare(request: Request) -> Subject:
         raise UserError(f"config {request.config.name} is a PCSR config: use test_pcsr.py")
     model = load_original(request.weights, request.device, request.config)
     restorer = OriginalRestorer(model, request.patches)
-    return Subject(model, lambda lr, size: restorer(lr), float(restorer.scale))
+    return Subject(model, restorer, float(restorer.scale))
 
 
 if __name__ == "__main__":

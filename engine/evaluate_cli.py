@@ -15,7 +15,7 @@ from tqdm import tqdm
 from datasets.wrappers import LR_MODES
 from engine.conventions import Conventions, LrSource
 from engine.evaluation import Evaluation, Figures, Restore, bicubic, mean_of
-from engine.inference_words import add_json_word, add_weights_word
+from engine.inference_words import add_json_word, add_self_ensemble_word, add_weights_word
 from engine.loading import weights_of
 from engine.report import Table, circumstances, followed, foot, to_json, write_json
 from engine.restore import Patches
@@ -131,12 +131,7 @@ def make_parser(description: str, example: str) -> Parser:
         choices=("rgb", "y"),
         help="Channels of PSNR and SSIM. Default: the config's.",
     )
-    parser.add_argument(
-        "--self_ensemble",
-        action="store_true",
-        help="Mean over the 8 flipped and turned copies of each image: better, at 8 times the "
-        "cost. Each copy is routed, and has its budget, on its own.",
-    )
+    add_self_ensemble_word(parser)
     parser.add_argument(
         "--bicubic", action="store_true", help="Also give the figures of bicubic enlargement."
     )

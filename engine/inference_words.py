@@ -101,6 +101,16 @@ def add_routing_words(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_self_ensemble_word(parser: argparse.ArgumentParser) -> None:
+    """``--self_ensemble``."""
+    parser.add_argument(
+        "--self_ensemble",
+        action="store_true",
+        help="Mean over the 8 flipped and turned copies of each image: better, at 8 times the "
+        "cost. Each copy is routed, and has its budget, on its own.",
+    )
+
+
 def routing_from(
     args: argparse.Namespace, upsamplers: int, original: OriginalCost
 ) -> Routing | BudgetPlan:

@@ -89,12 +89,18 @@ class OriginalRestorer:
         return self.model.scale
 
     @torch.inference_mode()
-    def __call__(self, lr: Tensor) -> Restored:
+    def __call__(self, lr: Tensor, size: tuple[int, int] | None = None) -> Restored:
         """`lr` (3, h, w) float RGB in [0, 1] on the model's device; SR is (3, scale h, scale w).
+
+        Args:
+            size: (H, W) of SR, from callers that say it of any network; there is one only.
 
         Raises:
             UserError: an output that holds NaN or infinity, where that is checked.
+            ValueError: another size.
         """
+        if size is not None and size != (self.scale * lr.shape[-2], self.scale * lr.shape[-1]):
+            raise ValueError(f"{tuple(lr.shape)} at x{self.scale} does not give {size}")
         with Timer(lr.device) as timer:
             sr, encoded = (self._whole if self.patches is None else self._patched)(lr[None])
         if self.checked:

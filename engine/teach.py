@@ -217,8 +217,7 @@ def _load(
     network = load_original(weights, device, config)
     if args.scale not in (None, network.scale):
         raise UserError(f"--scale {args.scale}: this network's scale is {network.scale}")
-    original = OriginalRestorer(network)
-    return Teacher(lambda lr, _size: original(lr), network.scale, args.turns, device), network
+    return Teacher(OriginalRestorer(network), network.scale, args.turns, device), network
 
 
 def _about(

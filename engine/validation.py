@@ -113,8 +113,7 @@ def _rank_figures(
 def _restorers(model: nn.Module) -> dict[str, Restore]:
     if not isinstance(model, PCSR):
         assert isinstance(model, SRNetwork)
-        restorer = OriginalRestorer(model, checked=False)
-        return {"sr": lambda lr, _size: restorer(lr)}
+        return {"sr": OriginalRestorer(model, checked=False)}
     if model.classifier is None:
         return {"sr": PcsrRestorer(model, FixedRouting(-1), refinement=False, checked=False)}
     return {

@@ -7,10 +7,16 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from engine.demo.cli import main
+from engine.demo.words import make_parser
+from tests.demo_models import SPECS, Demo, save_model
 from tests.training import make_config, make_pictures, run
+from utils import cli as command
+from utils.images import read_rgb
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -100,3 +106,30 @@ def phase0(pictures: Path, tmp_path: Path) -> Any:
         return folder
 
     return prepare
+
+
+@pytest.fixture(scope="session")
+def demo_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of the models in `demo_models.SPECS`, and of one that is bilinear enlargement."""
+    folder = tmp_path_factory.mktemp("weights")
+    paths = {name: save_model(folder / f"{name}.pth", spec) for name, spec in SPECS.items()}
+    return {**paths, "bilinear": save_model(folder / "b.pth", SPECS["two"], residual=False)}
+
+
+@pytest.fixture(scope="session")
+def photo() -> np.ndarray:
+    """(83, 110, 3) uint8, sides that 4 does not divide."""
+    return read_rgb(REPOSITORY / "examples" / "chelsea.png")[100:183, 120:230].copy()
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> Demo:
+    """Run demo.py's command line in this process; returns the exit code."""
+
+    def call(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--device", "cpu", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            command.run(lambda: main(make_parser()))
+        return int(ended.value.code or 0)
+
+    return call

@@ -18,11 +18,12 @@ from engine.demo.models import load_demo_original, load_demo_pcsr
 from engine.demo.report import comparison_table
 from engine.demo.upscale_job import UpscaleJob
 from engine.demo.words import DEFAULT_OPACITY, check_words
-from engine.evaluation import Figures, mean_of
+from engine.evaluation import Figures, Restore, mean_of, warm_up
 from engine.inference_words import routing_from
 from engine.picture_files import find_inputs, prepare_folder, result_stems
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
+from engine.self_ensemble import TURNS, SelfEnsemble
 from engine.sharing import PATIENCE, shared_out
 from utils.allocator import keep_freed_blocks
 from utils.cli import EXIT_USER_ERROR, Parser
@@ -49,7 +50,7 @@ class Subject:
     """
 
     enlarger: Enlarger
-    original: OriginalRestorer | None
+    original: Restore | None
     conventions: Conventions | None
     heading: str
     facts: dict[str, Any]
@@ -139,17 +140,25 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
         precision=args.precision,
         compiled=args.compile,
     )
+    restore: Restore = restorer
+    compared: Restore | None = original
+    if args.self_ensemble:
+        restore = SelfEnsemble(restorer)
+        compared = None if original is None else SelfEnsemble(original)
     lines = [
         f"PCSR on {pcsr.backbone}: {pcsr.path}; {routing.describe()}, "
         f"refinement {'on' if refinement else 'off'}"
     ]
     if args.model_scale is not None and (args.size or args.scale != args.model_scale):
         lines.append(f"computed at x{args.model_scale:g}, then resized by bicubic")
+    if args.self_ensemble and args.upscale:
+        lines.append(f"self-ensemble of {max(TURNS)}: the mean over flipped and turned copies")
     facts: dict[str, Any] = {
         "pcsr": str(pcsr.path),
         "backbone": pcsr.backbone,
         "routing": routing.describe(),
         "refinement": refinement,
+        "self_ensemble": args.self_ensemble,
         "model_scale": args.model_scale,
         "engine": args.engine,
         "precision": args.precision,
@@ -158,12 +167,20 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
     if not args.upscale:
         lines.append(f"original: {about}" if original else f"PCSR runs alone: {about}")
         facts["original"] = about if original else None
-        conventions = _conventions(args.scale, routing.describe(), refinement)
+        conventions = Conventions(
+            scale=args.scale,
+            psnr_type="rgb",
+            lr="bicubic float",
+            crop=False,
+            per_image=True,
+            routing=routing.describe(),
+            refinement=refinement,
+            self_ensemble=args.self_ensemble,
+        )
         lines.append(f"conventions: {conventions.describe()}; HR is the photograph's centre")
     lines.append(f"device: {device} ({device_name(device)})")
-    return Subject(
-        Enlarger(restorer, args.model_scale), original, conventions, "\n".join(lines), facts
-    )
+    enlarger = Enlarger(restore, args.model_scale)
+    return Subject(enlarger, compared, conventions, "\n".join(lines), facts)
 
 
 def _load_original(
@@ -178,27 +195,16 @@ def _load_original(
     )
 
 
-def _conventions(scale: float, routing: str, refinement: bool) -> Conventions:
-    return Conventions(
-        scale=scale,
-        psnr_type="rgb",
-        lr="bicubic float",
-        crop=False,
-        per_image=True,
-        routing=routing,
-        refinement=refinement,
-    )
-
-
 def _warm_up(subject: Subject, device: torch.device) -> None:
     """Run a few pixels, so that the first picture's time does not hold what is done only once.
 
     It also shows, before any file is touched, a routing that the model cannot do.
     """
     lr = torch.zeros(3, _WARM_UP_PX, _WARM_UP_PX, device=device)
-    subject.enlarger.restorer.warm_up(lr, (4 * _WARM_UP_PX, 4 * _WARM_UP_PX))
-    if subject.original is not None:
-        subject.original(lr)
+    warm_up(subject.enlarger.restore, lr, (4 * _WARM_UP_PX, 4 * _WARM_UP_PX))
+    if subject.original is not None and subject.conventions is not None:
+        length = round(subject.conventions.scale * _WARM_UP_PX)
+        warm_up(subject.original, lr, (length, length))
 
 
 def _job(args: argparse.Namespace, setting: Setting, subject: Subject) -> UpscaleJob | CompareJob:

@@ -11,8 +11,8 @@ import torch
 from datasets.resize import imresize
 from engine.conventions import Conventions
 from engine.demo.enlarge import Enlarger
-from engine.evaluation import Figures
-from engine.restore import OriginalRestorer, Restored
+from engine.evaluation import Figures, Restore
+from engine.restore import Restored
 from utils.colour import blend_classes
 from utils.errors import UserError
 from utils.images import to_tensor
@@ -65,7 +65,7 @@ def compare(
     name: str,
     rgb: np.ndarray,
     enlarger: Enlarger,
-    original: OriginalRestorer | None,
+    original: Restore | None,
     conventions: Conventions,
     *,
     device: torch.device,
@@ -89,7 +89,7 @@ def compare(
     pictures = {"HR": hr, f"LRx{conventions.scale:g}": quantise(lr)}
     original_figures = None
     if original is not None:
-        restored = original(lr)
+        restored = original(lr, hr_size)
         pictures["Original"] = quantise(restored.sr)
         original_figures = _figures(name, restored, pictures["Original"], hr, conventions)
     restored = enlarger(lr, hr_size)

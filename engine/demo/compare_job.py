@@ -9,8 +9,8 @@ from engine.conventions import Conventions
 from engine.demo.compare import Comparison, compare
 from engine.demo.jobs import Done, Setting, read_input
 from engine.demo.report import comparison_table, describe_shares
+from engine.evaluation import Restore
 from engine.picture_files import prepare_folder
-from engine.restore import OriginalRestorer
 from utils.atomic import write_text
 from utils.errors import UserError
 from utils.images import Picture, is_one_of, to_8_bit, write_picture
@@ -33,7 +33,7 @@ class CompareJob:
         self,
         setting: Setting,
         *,
-        original: OriginalRestorer | None,
+        original: Restore | None,
         conventions: Conventions,
         heading: str,
         subfolders: bool,

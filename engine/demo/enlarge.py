@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets.resize import imresize
-from engine.restore import PcsrRestorer, Restored
+from engine.evaluation import Restore
+from engine.restore import Restored
 from utils.machine import Timer
 
 MODEL_SCALE = 4.0
@@ -24,13 +25,13 @@ class Enlarger:
     x2 30.7 / 31.3 / 34.8; x3 27.5 / 30.7 / 31.4; x8 21.7 / 23.7 / 24.0.
 
     Args:
-        restorer: the model with its routing.
+        restore: the model with its routing.
         model_scale: that it was trained at; None where it was trained at many, so that it
             computes every size itself.
     """
 
-    def __init__(self, restorer: PcsrRestorer, model_scale: float | None = MODEL_SCALE) -> None:
-        self.restorer = restorer
+    def __init__(self, restore: Restore, model_scale: float | None = MODEL_SCALE) -> None:
+        self.restore = restore
         self.model_scale = model_scale
 
     def __call__(self, lr: Tensor, size: tuple[int, int]) -> Restored:
@@ -39,7 +40,7 @@ class Enlarger:
         FLOPs and shares are those of the size that the network computed; the resize is in the time.
         """
         computed = self.computed_size((lr.shape[-2], lr.shape[-1]), size)
-        restored = self.restorer(lr, computed)
+        restored = self.restore(lr, computed)
         if computed == size:
             return restored
         assert restored.classes is not None

@@ -6,7 +6,12 @@ from pathlib import Path
 
 from engine.demo.enlarge import MODEL_SCALE
 from engine.demo.models import DEFAULT_CONFIG
-from engine.inference_words import add_json_word, add_routing_words, add_weights_word
+from engine.inference_words import (
+    add_json_word,
+    add_routing_words,
+    add_self_ensemble_word,
+    add_weights_word,
+)
 from utils.cli import (
     Parser,
     add_config_words,
@@ -55,6 +60,7 @@ def make_parser() -> Parser:
         f"{DEFAULT_OPACITY}.",
     )
     add_routing_words(parser)
+    add_self_ensemble_word(parser)
     _add_model_words(parser)
     add_json_word(parser)
     add_device_words(parser)
