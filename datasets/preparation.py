@@ -148,8 +148,10 @@ def claim_output(output: str | Path, source: str | Path, settings: dict[str, Any
         raise UserError(f"{output} is not a folder")
     output.mkdir(parents=True, exist_ok=True)
     record = output / _RECORD
+    # Without outputs there is nothing that the settings could be of.
+    is_used = record.exists() and any(path.name != _RECORD for path in output.iterdir())
     try:
-        noted = json.loads(record.read_text(encoding="utf-8")) if record.exists() else settings
+        noted = json.loads(record.read_text(encoding="utf-8")) if is_used else settings
         if not isinstance(noted, dict):
             raise ValueError("no object")
     except ValueError as error:

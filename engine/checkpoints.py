@@ -8,6 +8,7 @@ A run may be taken back to an older checkpoint. Then those of later iterations a
 it no longer takes: `later_paths` finds them, for the run to move them away when it goes on.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -38,18 +39,22 @@ class Checkpoints:
         keep_last: how many of the last ones to keep, at least 1.
         resumed_at: how many iterations the run goes on from, with the `best.pth` of these to be
             beaten; None for a new run.
+        validated_on: see `engine.validation`; a `best.pth` of other figures counts for nothing.
 
     Attributes:
         last_path, best_path: where the newest and the best one are, or will be.
         best: what `best.pth` holds; None where there is none that counts.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, resumed_at: int | None) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, resumed_at: int | None, validated_on: str
+    ) -> None:
         self.last_path = folder / LAST_NAME
         self.best_path = folder / BEST_NAME
         self._keep_last = keep_last
         self._saved = False
-        self.best = None if resumed_at is None else _read_best(self.best_path, resumed_at)
+        self._validated_on = validated_on
+        self.best = None if resumed_at is None else self._read_best(resumed_at)
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half-written."""
@@ -74,10 +79,27 @@ class Checkpoints:
         if math.isnan(psnr) or (self.best is not None and psnr <= self.best.psnr):
             return
         best = Best(psnr, content["iter"])
-        save_checkpoint(
-            self.best_path, {**content, "best": {"psnr": best.psnr, "iteration": best.iteration}}
-        )
+        about = {**dataclasses.asdict(best), "validated_on": self._validated_on}
+        save_checkpoint(self.best_path, {**content, "best": about})
         self.best = best
+
+    def _read_best(self, resumed_at: int) -> Best | None:
+        if not self.best_path.exists():
+            return None
+        try:
+            found: Any = load_checkpoint(self.best_path).get("best")
+            best = Best(float(found["psnr"]), int(found["iteration"]))
+            # Earlier forms do not say it.
+            validated_on = found.get("validated_on", self._validated_on)
+        except (UserError, TypeError, KeyError, ValueError):
+            logger.warning("%s cannot be read: the next validation replaces it", self.best_path)
+            return None
+        if validated_on != self._validated_on:
+            logger.warning(
+                "%s was found by another validation: the next one replaces it", self.best_path
+            )
+            return None
+        return best if best.iteration <= resumed_at else None
 
     def _make_room(self) -> None:
         """Shift the last ones by one name; at each moment all but the oldest are there."""
@@ -145,15 +167,3 @@ def _readable(path: Path) -> tuple[Path, dict[str, Any]] | None:
     except UserError:
         return None
     return (path, checkpoint) if isinstance(checkpoint.get("iter"), int) else None
-
-
-def _read_best(path: Path, resumed_at: int) -> Best | None:
-    if not path.exists():
-        return None
-    try:
-        found = load_checkpoint(path).get("best")
-        best = Best(float(found["psnr"]), int(found["iteration"]))  # type: ignore[index]
-    except (UserError, TypeError, KeyError, ValueError):
-        logger.warning("%s cannot be read: the next validation replaces it", path)
-        return None
-    return best if best.iteration <= resumed_at else None

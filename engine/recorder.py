@@ -40,6 +40,7 @@ class Recorder:
         start: iterations done before; what the files hold of later ones is dropped.
         end: the last iteration, for the time that is left.
         batch_size: over all ranks.
+        validated_on: see `engine.validation`; the summary leaves out figures of others.
         means: what :meth:`means_so_far` gave to the checkpoint that is resumed, if any.
     """
 
@@ -50,12 +51,14 @@ class Recorder:
         start: int,
         end: int,
         batch_size: int,
+        validated_on: str,
         means: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder = folder
         self._start = start
         self._end = end
         self._batch_size = batch_size
+        self._validated_on = validated_on
         self._events: Events | None = None
         self._sums: dict[str, Tensor] = dict(means["sums"]) if means else {}
         self._count = 0
@@ -144,7 +147,10 @@ class Recorder:
                 )
                 if row.name == BY_CLASSIFIER:  # else all, or there is nothing to choose from
                     text += f", {100 * row.heavy_share:.1f} % heavy"
-                key = {"kind": "valid", "scale": scale, "name": row.name}
+                key = {
+                    **{"kind": "valid", "scale": scale, "name": row.name},
+                    "validated_on": self._validated_on,
+                }
                 tag = f"valid_x{scale:g}_{row.name}"
                 self._write(iteration, key, values, tag, text)
                 if self._events is not None and row.picture is not None:
@@ -169,7 +175,9 @@ class Recorder:
             return ""
         by_name: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(self._folder / METRICS_NAME)[0]:
-            if is_validation(row) and row.get("psnr") is not None:
+            # Earlier rows do not say on what.
+            is_comparable = row.get("validated_on", self._validated_on) == self._validated_on
+            if is_validation(row) and row.get("psnr") is not None and is_comparable:
                 by_name.setdefault(validation_name(row), []).append(row)
         lines = []
         for name, rows in by_name.items():

@@ -33,7 +33,7 @@ from engine.train_checks import (
     required_sections,
 )
 from engine.unit_probe import HINT_PATCHES, PATCHES, Probe, told
-from engine.validation import validate
+from engine.validation import validate, validated_on
 from engine.validation_sizes import check_validation_images
 from utils.config import Config
 from utils.distributed import (
@@ -150,6 +150,7 @@ class Trainer:
             save_dir,
             keep_last=config.keep_last,
             resumed_at=start.iteration if start.is_of(save_dir) else None,
+            validated_on=validated_on(config),
         )
         if start.resumes and start.path == self.checkpoints.last_path:
             self._saved_iteration = start.iteration
@@ -417,6 +418,7 @@ class Trainer:
             start=self.start.iteration,
             end=self.config.iter_max,
             batch_size=self.data.batch_size,
+            validated_on=validated_on(self.config),
             means=(resumed or {}).get("means"),
         )
 

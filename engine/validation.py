@@ -1,11 +1,13 @@
 """Validation while training: whole images, no refinement, shared out over the ranks."""
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,19 +16,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from engine.data import rank_share
+from engine.evaluation import Restore
 from engine.restore import OriginalRestorer, PcsrRestorer, Restored
 from engine.validation_picture import panels
 from engine.validation_sizes import border_of
 from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
 from models.routing import FixedRouting, KRouting
+from utils.config import Config
 from utils.distributed import World, gather_objects, together
 from utils.metrics import PsnrType, psnr
 
 # The row in which the classifier decides.
 BY_CLASSIFIER = "k0"
 
-Restore = Callable[[Tensor, tuple[int, int]], Restored]
+# Of a data set, what changes no figure.
+_WITHOUT_EFFECT = ("cache", "cache_dir", "on_error")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,20 @@ class ValidationRow:
     gflops: float
     heavy_share: float
     picture: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+
+
+def validated_on(config: Config) -> str:
+    """Short name of the images and the channels that a config validates on.
+
+    Figures of runs, or of parts of a run, can be compared where it is the same.
+    """
+    about: list[Any] = [config.psnr_type]
+    if (data := config.valid_dataset) is not None:
+        args = data.dataset.get("args") or {}
+        kept = {key: value for key, value in args.items() if key not in _WITHOUT_EFFECT}
+        about += [{**data.dataset, "args": kept}, data.wrapper, data.scales]
+    text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class _Figures(NamedTuple):

@@ -23,8 +23,12 @@ def iterations(folder: Path) -> dict[str, int]:
     return {path.name: load_checkpoint(path)["iter"] for path in sorted(folder.glob("*.pth"))}
 
 
-def make(folder: Path, keep_last: int = 2, resumed_at: int | None = None) -> Checkpoints:
-    return Checkpoints(folder, keep_last=keep_last, resumed_at=resumed_at)
+def make(
+    folder: Path, keep_last: int = 2, resumed_at: int | None = None, validated_on: str = "here"
+) -> Checkpoints:
+    return Checkpoints(
+        folder, keep_last=keep_last, resumed_at=resumed_at, validated_on=validated_on
+    )
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
@@ -106,10 +110,24 @@ def test_the_best_is_never_replaced_by_worse(tmp_path: Path) -> None:
         if iteration == 3:
             checkpoints = make(tmp_path, resumed_at=3)
     best = load_checkpoint(tmp_path / BEST_NAME)
-    assert best["iter"] == 2 and best["best"] == {"psnr": 30.0, "iteration": 2}
+    assert best["iter"] == 2
+    assert best["best"] == {"psnr": 30.0, "iteration": 2, "validated_on": "here"}
     (tmp_path / BEST_NAME).write_bytes(b"damaged")
     make(tmp_path, resumed_at=8).save_if_best(content(9), 10.0)
     assert iterations(tmp_path)[BEST_NAME] == 9
+
+
+def test_the_best_of_another_validation_counts_for_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, validated_on="luma").save_if_best(content(1), 30.0)
+    checkpoints = make(tmp_path, resumed_at=1, validated_on="RGB")
+    assert checkpoints.best is None
+    assert "best.pth was found by another validation: the next one replaces it" in caplog.text
+    checkpoints.save_if_best(content(2), 20.0)
+    assert iterations(tmp_path)[BEST_NAME] == 2
+    make(tmp_path, resumed_at=2, validated_on="RGB").save_if_best(content(3), 19.0)
+    assert iterations(tmp_path)[BEST_NAME] == 2
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_newest_that_can_be_read(

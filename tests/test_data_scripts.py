@@ -89,6 +89,15 @@ def test_sub_images_twice_with_one_bad_file_among_them(
     assert len(other.stderr.splitlines()) == 1
 
 
+def test_settings_that_made_nothing_bind_nothing(
+    tmp_path: Path, photographs: Path, script: Script
+) -> None:
+    words = ["--input", photographs, "--output", tmp_path / "out", "--workers", 1]
+    assert script("extract_subimages", *words, "--size", 9000).code == 2
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert script("extract_subimages", *words, "--size", 64).code == 0
+
+
 def test_several_processes_from_the_folder_of_the_scripts(
     tmp_path: Path, photographs: Path
 ) -> None:
@@ -155,7 +164,7 @@ def test_bad_words_end_in_one_line(tmp_path: Path, photographs: Path, script: Sc
         assert (refused.code, len(refused.stderr.splitlines())) == (2, 1)
         assert "expected a whole number, at least 1, not `0`" in refused.stderr
         assert not (tmp_path / "lr").exists()
-    (tmp_path / "noted").mkdir()
+    write_picture(tmp_path / "noted" / "a_1.png", Picture(np.zeros((9, 9, 3), np.uint8)))
     (tmp_path / "noted" / ".prepared.json").write_text("[1]", encoding="utf-8")
     noted = ["--input", photographs, "--output", tmp_path / "noted"]
     refused = script("data_augmentation", *noted)

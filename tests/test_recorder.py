@@ -34,10 +34,11 @@ def events(folder: Path) -> list[Event]:
     return found
 
 
-def record(folder: Path, start: int, psnrs: dict[int, float]) -> str:
+def record(folder: Path, start: int, psnrs: dict[int, float], validated_on: str = "RGB") -> str:
     """Iterations `start` to 4 with a validation after some; the summary."""
     picture = np.zeros((8, 20, 3), np.uint8)
-    with Recorder(folder, start=start, end=4, batch_size=2) as recorder:
+    options = {"start": start, "end": 4, "batch_size": 2}
+    with Recorder(folder, **options, validated_on=validated_on) as recorder:  # type: ignore[arg-type]
         for done in range(start + 1, 5):
             losses = {"loss": torch.tensor(1.0 * done), "grad_norm": torch.tensor(0.5)}
             recorder.add(losses, lr=1e-3, data_s=0.0)
@@ -67,6 +68,11 @@ def test_scalars_pictures_and_summary_of_a_resumed_run(
         summary == "validation x4 k0: best 30.000 dB at iteration 1, last 29.500 dB at iteration 4"
     )
     assert summary in caplog.messages
+    # Figures of another validation say nothing of this one's.
+    summary = record(tmp_path, 2, {4: 20.0}, validated_on="luma")
+    assert summary == (
+        "validation x4 k0: best 20.000 dB at iteration 4, last 20.000 dB at iteration 4"
+    )
 
 
 def test_heavy_pixels_are_told_where_there_is_a_choice(
@@ -74,7 +80,7 @@ def test_heavy_pixels_are_told_where_there_is_a_choice(
 ) -> None:
     caplog.set_level(logging.INFO)
     rows = [ValidationRow(name, 30.0, 1.0, share) for name, share in (("sr", 1.0), ("k0", 0.25))]
-    with Recorder(tmp_path, start=0, end=4, batch_size=2) as recorder:
+    with Recorder(tmp_path, start=0, end=4, batch_size=2, validated_on="") as recorder:
         recorder.validation(1, [(4.0, rows)])
     said = [line.partition(" dB, ")[2] for line in caplog.messages]
     assert said == ["1.00 GFLOPs (paper)", "1.00 GFLOPs (paper), 25.0 % heavy"]
@@ -121,7 +127,7 @@ def test_a_pause_between_two_lines_takes_nothing_from_the_iterations_before_it(
     """Four iterations of 2 s, half of which are data's, with 100 s of something else among them."""
     now = 50.0
     monkeypatch.setattr("engine.recorder.time.monotonic", lambda: now)
-    with Recorder(tmp_path, start=0, end=8, batch_size=3) as recorder:
+    with Recorder(tmp_path, start=0, end=8, batch_size=3, validated_on="") as recorder:
         for step in range(4):
             now += 2
             recorder.add({}, lr=1e-3, data_s=1.0)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from engine.checkpoints import older_path
 from engine.run_folder import CONFIG_NAME
 from engine.trainer import Trainer
+from engine.validation import validated_on
 from tests.training import (
     KINDS,
     SOAP,
@@ -157,6 +159,24 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(pictures: Path, tmp_pa
     assert (tmp_path / LAST_NAME).read_bytes() == before
     run(make_config("fsrcnn", pictures, iter_max=3), tmp_path)
     assert checkpoint_of(tmp_path)["iter"] == 3
+
+
+def test_what_a_run_is_validated_on(pictures: Path) -> None:
+    """The images and the channels, and nothing that changes no figure."""
+    config = validated(pictures)
+    data = config.valid_dataset
+    assert data is not None
+    same = replace(data, num_workers=3, dataset={**data.dataset, "args": {"cache": "none"}})
+    same.dataset["args"] |= {k: v for k, v in data.dataset["args"].items() if k != "cache"}
+    assert validated_on(replace(config, valid_dataset=same)) == validated_on(config)
+    others = [
+        replace(config, psnr_type="rgb"),
+        replace(config, valid_dataset=replace(data, scales=[3.0])),
+        replace(config, valid_dataset=replace(data, dataset={"name": "image-folder"})),
+        replace(config, valid_dataset=None),
+    ]
+    names = {validated_on(each) for each in (config, *others)}
+    assert len(names) == len(others) + 1
 
 
 def test_a_run_beyond_a_shortened_end_is_left_alone(

@@ -228,6 +228,7 @@ def test_images_of_the_configs_test_dataset(place, run) -> None:
         (["--upsampler=2"], "the model has 2"),
         (["--upsampler=light", "--adaptive"], "contradict"),
         (["--json=."], "no file name"),
+        (["--json=/proc/none/x.json"], "there is no /proc/none/x.json to write to"),
         (["--json=test.py/x.json"], "test.py is not a writable folder"),
         (["--json=x/img_001.PNG"], "the name of another kind of file"),
         (["--json=x/release.pth"], "the name of another kind of file"),

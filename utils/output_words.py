@@ -15,6 +15,8 @@ _NOT_JSON = (*IMAGE_SUFFIXES, ".pth", ".pt", ".onnx", ".yaml", ".yml")
 def json_file(text: str) -> Path:
     """A file for JSON, or a device or a pipe."""
     if is_device(path := Path(text)):
+        if not path.exists():
+            raise argparse.ArgumentTypeError(f"there is no {text} to write to")
         return path
     path = _file(text)
     if path.suffix.lower() in _NOT_JSON:

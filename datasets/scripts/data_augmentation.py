@@ -25,8 +25,8 @@ from utils.images import read_rgb
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser(
-        description="Write each image of a folder at several sizes (PNG, named NAME_0.9.png and "
-        "so on; MATLAB's bicubic).",
+        description="Write each image of a folder at several sizes (8-bit RGB PNG, named "
+        "NAME_0.9.png and so on; MATLAB's bicubic).",
         example="python datasets/scripts/data_augmentation.py --input data/DIV2K_train_HR "
         "--output data/DIV2K_augmented",
         images="HR images",

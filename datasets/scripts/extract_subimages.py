@@ -24,8 +24,8 @@ from utils.images import read_rgb, read_size
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser(
-        description="Cut every image of a folder into overlapping square sub-images (PNG, named "
-        "NAME_s001.png and so on, row by row).",
+        description="Cut every image of a folder into overlapping square sub-images (8-bit RGB "
+        "PNG, named NAME_s001.png and so on, row by row).",
         example="python datasets/scripts/extract_subimages.py --input data/DIV2K_augmented "
         "--output data/DIV2K_sub",
         images="images",

@@ -28,7 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser(
         description="Crop each HR image from the top left to a multiple of the scale and make its "
-        "LR image by MATLAB's bicubic. Both are written as PNG under the name of the HR image.",
+        "LR image by MATLAB's bicubic. Both are written as 8-bit RGB PNG under the name of the HR "
+        "image.",
         example="python datasets/scripts/generate_mod_LR_bic.py --input data/DIV2K_sub "
         "--output_hr data/DIV2K_train/HR --output_lr data/DIV2K_train/LR_x4 --scale 4",
         images="HR images",
