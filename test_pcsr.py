@@ -1,20 +1,17 @@
 """Evaluate a PCSR model of any phase."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from engine.budget import OriginalCost
 from engine.evaluate_cli import Request, Subject, is_pcsr, main, make_parser
-from engine.inference_words import add_routing_words, routing_from
+from engine.inference_words import add_routing_words, routing_from, warn_of_idle_original
 from engine.loading import load_pcsr
 from engine.restore import PcsrRestorer
 from engine.sweep_cli import Sweep, add_sweep_words
 from utils.cli import positive_float, run
 from utils.config import Config, load_config
 from utils.errors import UserError
-
-_log = logging.getLogger(__name__)
 
 
 def prepare(request: Request) -> Subject:
@@ -54,8 +51,8 @@ def original_cost(args: argparse.Namespace, config: Config) -> OriginalCost:
     backbone = config.model["args"]["encoder_spec"]["name"]
     if args.original_config is None:
         return OriginalCost(backbone)
-    if not args.sweep and (args.budget is None or args.budget.unit != "share"):
-        _log.warning("--original_config changes nothing: no share of the original is asked for")
+    if not args.sweep:
+        warn_of_idle_original(args)
     return OriginalCost.of_config(backbone, load_config(args.original_config))
 
 

@@ -145,7 +145,8 @@ class LmdbStore:
 
     def __init__(self, paths: Sequence[Path], cache_dir: str | Path | None = None) -> None:
         _import_lmdb()
-        self.paths = [path.resolve() for path in paths]
+        # The folder resolved, and not the files in it: links to several may have one name.
+        self.paths = [path.parent.resolve() / path.name for path in paths]
         self.keys = [_key(path) for path in self.paths]
         folder = Path(cache_dir) if cache_dir else _default_cache_dir()
         digest = hashlib.sha256(str(self.paths[0].parent).encode()).hexdigest()[:16]

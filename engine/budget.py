@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
@@ -88,14 +89,19 @@ class Budget:
     def exactly(self) -> str:
         """This amount as one would type it."""
         suffix, factor = _TYPED[self.unit]
-        return f"{self.amount / factor:.12g}{suffix}"
+        return f"{_without_exponent(self.amount / factor, 12)}{suffix}"
 
     def format(self, amount: float) -> str:
         """Another amount as one would type it, rounded up to four digits."""
         suffix, factor = _TYPED[self.unit]
         value = amount / factor
         digit = 10.0 ** (math.floor(math.log10(value)) - 3)
-        return f"{math.ceil(value / digit) * digit:.4g}{suffix}"
+        return f"{_without_exponent(math.ceil(value / digit) * digit, 4)}{suffix}"
+
+
+def _without_exponent(value: float, digits: int) -> str:
+    """A number to so many significant digits, as :meth:`Budget.parse` takes it."""
+    return f"{Decimal(f'{value:.{digits}g}'):f}"
 
 
 class OriginalCost:

@@ -16,8 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.atomic import keep_as, remove_leftovers
-from utils.checkpoint import BEST_NAME, LAST_NAME, load_checkpoint, save_checkpoint
+from utils.atomic import keep_as, new_aside, remove_leftovers
+from utils.checkpoint import (
+    BEST_NAME,
+    LAST_NAME,
+    UnreadableError,
+    load_checkpoint,
+    save_checkpoint,
+)
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +45,8 @@ class Checkpoints:
         keep_last: how many of the last ones to keep, at least 1.
         resumed_at: how many iterations the run goes on from, with the `best.pth` of these to be
             beaten; None for a new run.
-        validated_on: see `engine.validation`; a `best.pth` of other figures counts for nothing.
+        validated_on: see `engine.validation`; a `best.pth` of other figures counts for nothing,
+            and is moved away before there is a new one.
 
     Attributes:
         last_path, best_path: where the newest and the best one are, or will be.
@@ -54,6 +61,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._saved = False
         self._validated_on = validated_on
+        self._best_is_other = False
         self.best = None if resumed_at is None else self._read_best(resumed_at)
 
     def remove_leftovers(self) -> None:
@@ -78,6 +86,12 @@ class Checkpoints:
         """
         if math.isnan(psnr) or (self.best is not None and psnr <= self.best.psnr):
             return
+        if self._best_is_other:
+            kept = new_aside(self.best_path.parent)
+            kept.mkdir()
+            self.best_path.rename(kept / BEST_NAME)
+            self._best_is_other = False
+            logger.info("the best by another validation is kept in %s", kept)
         best = Best(psnr, content["iter"])
         about = {**dataclasses.asdict(best), "validated_on": self._validated_on}
         save_checkpoint(self.best_path, {**content, "best": about})
@@ -95,8 +109,9 @@ class Checkpoints:
             logger.warning("%s cannot be read: the next validation replaces it", self.best_path)
             return None
         if validated_on != self._validated_on:
+            self._best_is_other = True
             logger.warning(
-                "%s was found by another validation: the next one replaces it", self.best_path
+                "%s was found by another validation and counts for nothing", self.best_path
             )
             return None
         return best if best.iteration <= resumed_at else None
@@ -143,10 +158,12 @@ def load_newest(last: Path) -> tuple[Path, dict[str, Any]]:
     """Read `last`; where it is damaged, the newest of the run's others, with a warning.
 
     Raises:
-        UserError: none can be read.
+        UserError: none can be read; or the system does not give `last`, which may be whole.
     """
     try:
         return last, load_checkpoint(last)
+    except UnreadableError:
+        raise
     except UserError as error:
         problem = str(error)
     others = [path for path in all_paths(last.parent) if path != last]

@@ -1,5 +1,6 @@
 """Tensorboard's events, which a run can do without."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -52,10 +53,12 @@ class Events:
                 return write(*args)
             except OSError as error:
                 self._failed = True
-                logger.warning(
-                    "tensorboard gets no more of this run: its file cannot be written (%s)",
-                    error.strerror or error,
-                )
+                # The log may be on the same full disk, and this thread must not end.
+                with contextlib.suppress(OSError):
+                    logger.warning(
+                        "tensorboard gets no more of this run: its file cannot be written (%s)",
+                        error.strerror or error,
+                    )
                 return None
 
         return run

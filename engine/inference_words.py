@@ -145,6 +145,13 @@ def routing_from(
     return KRouting(args.k or 0.0)
 
 
+def warn_of_idle_original(args: argparse.Namespace) -> None:
+    """Say where ``--original_config`` is named and no budget is a share of it."""
+    is_share = args.budget is not None and args.budget.unit == "share"
+    if args.original_config is not None and not is_share:
+        _log.warning("--original_config changes nothing: no share of the original is asked for")
+
+
 def check_upsampler(index: int | None, upsamplers: int) -> None:
     """Refuse the ``--upsampler`` that a model of so many does not have."""
     if index is not None and index >= upsamplers:

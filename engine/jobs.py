@@ -13,7 +13,7 @@ from utils.cli import one_line
 from utils.config import Config
 from utils.errors import UserError
 from utils.release import release
-from utils.run_metrics import METRICS_NAME, read_rows
+from utils.run_metrics import METRICS_NAME, has_validation, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.1
@@ -44,8 +44,13 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all iterations are done."""
-        return self.iteration >= self.config.iter_max
+        """Whether all iterations are done, and the last validation."""
+        if self.iteration < self.config.iter_max:
+            return False
+        if self.config.valid_dataset is None or self.iteration > self.config.iter_max:
+            return True
+        has_state = (self.folder / LAST_NAME).is_file()
+        return not has_state or has_validation(self.folder / METRICS_NAME, self.iteration)
 
     def command(self, words: Sequence[str]) -> list[str]:
         """What trains it, as ./dist.sh would: on all GPUs, or in one process on the CPU."""
@@ -55,8 +60,12 @@ class Job:
 
     def describe(self, state: str) -> str:
         """Its state on one line."""
-        quality = _last_validation(self.folder / METRICS_NAME)
-        shown = "" if quality is None else f", validation {quality:.2f} dB"
+        found = _last_validation(self.folder / METRICS_NAME)
+        shown = ""
+        if found is not None:
+            psnr, iteration = found
+            shown = f", validation {psnr:.2f} dB"
+            shown += f" at iteration {iteration}" if iteration != self.iteration else ""
         return (
             f"{self.config.name}: {state}, "
             f"{self.iteration} of {self.config.iter_max} iterations{shown}"
@@ -146,8 +155,8 @@ def _iteration(path: Path) -> int:
         return 0
 
 
-def _last_validation(path: Path) -> float | None:
-    """The last validation PSNR of a metrics.jsonl."""
+def _last_validation(path: Path) -> tuple[float, int] | None:
+    """The last validation PSNR of a metrics.jsonl, and its iteration."""
     rows = read_rows(path)[0] if path.is_file() else []
-    found = [row["psnr"] for row in rows if row["kind"] == "valid" and row.get("psnr") is not None]
-    return float(found[-1]) if found else None
+    found = [row for row in rows if row["kind"] == "valid" and row.get("psnr") is not None]
+    return (float(found[-1]["psnr"]), int(found[-1]["iteration"])) if found else None

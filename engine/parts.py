@@ -49,7 +49,7 @@ def pack(folders: Sequence[Path], output: Path, part_mb: float) -> list[Part]:
         UserError: no files, one that is too large for a part, two folders of one name, or parts
             of other files in `output`.
     """
-    files = _files_of(folders)
+    files = _files_of(folders, output)
     plan = _plan(files, part_mb)
     listed = _listed_parts(output, plan)
     for name in (MANIFEST_NAME, *(part.name for part in plan)):
@@ -104,8 +104,8 @@ def unpack(source: Path, output: Path, aside: Path | None = None) -> tuple[int, 
     return written, there
 
 
-def _files_of(folders: Sequence[Path]) -> dict[str, Path]:
-    """Files by their name in the parts, sorted; hidden ones stay out."""
+def _files_of(folders: Sequence[Path], output: Path) -> dict[str, Path]:
+    """Files by their name in the parts, sorted; hidden ones and those in `output` stay out."""
     files: dict[str, Path] = {}
     seen: dict[str, Path] = {}
     for folder in folders:
@@ -118,6 +118,8 @@ def _files_of(folders: Sequence[Path]) -> dict[str, Path]:
         seen[name] = folder
         for path in sorted(folder.rglob("*")):
             relative = path.relative_to(folder)
+            if output.resolve() in path.resolve().parents:
+                continue
             if path.is_file() and not any(part.startswith(".") for part in relative.parts):
                 files[f"{name}/{relative.as_posix()}"] = path
     if not files:

@@ -45,6 +45,10 @@ class PixelLoss(nn.Module):
     Args:
         l2_from: the first iteration, from 0, with L2; None for never.
         psnr_from: likewise with :func:`negative_psnr`. Of both, what began last is in effect.
+
+    Attributes:
+        stages: one after the other.
+        changes: the iterations in which another than before begins.
     """
 
     _stage: Tensor
@@ -60,6 +64,7 @@ class PixelLoss(nn.Module):
         # L1 is not computed where it is never in effect.
         first = [] if later and later[0].start == 0 else [_Stage(0, "", "L1", F.l1_loss)]
         self.stages = [*first, *later]
+        self.changes = {stage.start for stage in self.stages[1:]}
         self._current = 0
         self._announced = ""
         # The same on the device: what a CUDA graph has recorded can still be switched.

@@ -86,13 +86,17 @@ class Recorder:
         """
         if losses and self._sums.keys() - losses.keys():
             # Of before a resume, and of another objective.
-            self._sums, self._averaged = {}, 0
+            self.restart()
         for name, value in losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
         self._averaged += bool(losses)
         self._data_s += data_s
         self._lr = lr
+
+    def restart(self) -> None:
+        """Leave out what was noted so far of the next means: another loss has another unit."""
+        self._sums, self._averaged = {}, 0
 
     def means_so_far(self) -> dict[str, Any]:
         """What a resumed run needs, so that its next line is that of an undisturbed one."""

@@ -96,11 +96,13 @@ class OriginalRestorer:
             size: (H, W) of SR, from callers that say it of any network; there is one only.
 
         Raises:
-            UserError: an output that holds NaN or infinity, where that is checked.
-            ValueError: another size.
+            UserError: another size; or an output that holds NaN or infinity, where that is checked.
         """
-        if size is not None and size != (self.scale * lr.shape[-2], self.scale * lr.shape[-1]):
-            raise ValueError(f"{tuple(lr.shape)} at x{self.scale} does not give {size}")
+        h, w = lr.shape[-2:]
+        if size is not None and size != (self.scale * h, self.scale * w):
+            raise UserError(
+                f"LR of {w}x{h} by a network of x{self.scale} does not become {size[1]}x{size[0]}"
+            )
         with Timer(lr.device) as timer:
             sr, encoded = (self._whole if self.patches is None else self._patched)(lr[None])
         if self.checked:

@@ -48,6 +48,7 @@ from utils.config import Config, load_config
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.images import Picture, list_images, read_rgb, to_array, to_tensor, write_picture
+from utils.lock import locked
 from utils.log import set_up
 
 # What a folder of pairs was made with and from.
@@ -172,11 +173,24 @@ def main() -> int:
     teacher, network = _load(args, config, weights)
     paths = chosen(list_images(args.hr_data.expanduser()), args.pictures, args.seed)
     output = args.output.expanduser()
-    _claim(output, _about(args, network, teacher.scale, paths))
-    for folder in (LR_FOLDER, SR_FOLDER):
-        prepare_folder(output / folder, "--output")
-    print(f"teacher: {config.name} from {weights}", flush=True)
-    side = None if args.window is None else args.window * teacher.scale
+    with locked(output):
+        _claim(output, _about(args, network, teacher.scale, paths))
+        for folder in (LR_FOLDER, SR_FOLDER):
+            prepare_folder(output / folder, "--output")
+        print(f"teacher: {config.name} from {weights}", flush=True)
+        side = None if args.window is None else args.window * teacher.scale
+        before, failures = _make(teacher, paths, output, side, args.seed)
+    made = len(paths) - len(failures)
+    print(f"{output}: {made} pairs" + (f", {before} of them from before" if before else ""))
+    for reason in failures.values():
+        print(f"not used: {reason}", file=sys.stderr)
+    return EXIT_USER_ERROR if failures else 0
+
+
+def _make(
+    teacher: Teacher, paths: Sequence[Path], output: Path, side: int | None, seed: int
+) -> tuple[int, dict[Path, str]]:
+    """Make the pairs that are not there; how many were, and why others cannot be made."""
     before, failures = 0, {}
     for path, stem in tqdm(result_stems(paths).items(), unit="picture", disable=None):
         lr_path, sr_path = (output / folder / f"{stem}.png" for folder in (LR_FOLDER, SR_FOLDER))
@@ -185,7 +199,7 @@ def main() -> int:
             continue
         try:
             with memory_named(f"image {path}: not enough memory; a smaller --window takes less"):
-                part = window(read_rgb(path), side, args.seed, path.name)
+                part = window(read_rgb(path), side, seed, path.name)
                 hr, _ = crop_to_scale(part, teacher.scale, path)
                 pair = teacher.pair(hr)
         except UserError as error:
@@ -194,11 +208,7 @@ def main() -> int:
         for target, rgb in zip((lr_path, sr_path), pair, strict=True):
             remove_leftovers(target)
             write_picture(target, Picture(rgb))
-    made = len(paths) - len(failures)
-    print(f"{output}: {made} pairs" + (f", {before} of them from before" if before else ""))
-    for reason in failures.values():
-        print(f"not used: {reason}", file=sys.stderr)
-    return EXIT_USER_ERROR if failures else 0
+    return before, failures
 
 
 def _load(
@@ -234,8 +244,13 @@ def _about(
         "turns": args.turns,
         "window": args.window,
         "seed": args.seed,
-        "pictures": {path.name: path.stat().st_size for path in paths},
+        "pictures": {path.name: _bytes_of(path) for path in paths},
     }
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a link to nothing 0: it is told when its turn comes, and keeps no others."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _claim(folder: Path, about: dict[str, Any]) -> None:

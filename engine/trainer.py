@@ -145,12 +145,14 @@ class Trainer:
         self.state = TrainState(config, self.model, optimizer_spec, start)
         self.pixel_loss = PixelLoss(config.l2_from, config.psnr_from).to(self.world.device)
         self.gradients = self._make_gradients()
+        self.validation = self._open_validation()
+        self.validated_on = validated_on(self.validation, config.psnr_type)  # type: ignore[arg-type]
         save_dir = self.options.save_dir
         self.checkpoints = Checkpoints(
             save_dir,
             keep_last=config.keep_last,
             resumed_at=start.iteration if start.is_of(save_dir) else None,
-            validated_on=validated_on(config),
+            validated_on=self.validated_on,
         )
         if start.resumes and start.path == self.checkpoints.last_path:
             self._saved_iteration = start.iteration
@@ -164,12 +166,15 @@ class Trainer:
             data, seed=start.seed, start=start.iteration, stop=config.iter_max, world=self.world
         )
         self.batches: Iterator[Batch] = self.samples
-        self.validation: list[tuple[float, Dataset]] = []
-        if config.valid_dataset is not None:
-            self.validation = validation_sets(config.valid_dataset)
-            check_validation_scales(self.model, [scale for scale, _ in self.validation])
-            if self.world.is_main:
-                check_validation_images(self.validation, self.model)
+
+    def _open_validation(self) -> list[tuple[float, Dataset]]:
+        if self.config.valid_dataset is None:
+            return []
+        sets = validation_sets(self.config.valid_dataset)
+        check_validation_scales(self.model, [scale for scale, _ in sets])
+        if self.world.is_main:
+            check_validation_images(sets, self.model)
+        return sets
 
     def _make_gradients(self) -> BatchGradients:
         config = self.config
@@ -210,6 +215,8 @@ class Trainer:
             if step in config.revive:
                 with recorder.paused():
                     self._revive(step)
+            if step in self.pixel_loss.changes:
+                recorder.restart()
             losses = self._iterate(step, found.batch)
             done = step + 1
             recorder.add(losses, self.state.lr, found.data_s)
@@ -418,7 +425,7 @@ class Trainer:
             start=self.start.iteration,
             end=self.config.iter_max,
             batch_size=self.data.batch_size,
-            validated_on=validated_on(self.config),
+            validated_on=self.validated_on,
             means=(resumed or {}).get("means"),
         )
 

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 import models
 from models.backbones.rcan import RCAN
-from utils.checkpoint import load_checkpoint, save_checkpoint, weights_for_inference
+from utils.checkpoint import (
+    check_same_norm,
+    load_checkpoint,
+    save_checkpoint,
+    weights_for_inference,
+)
 from utils.cli import Parser, run
 from utils.config import load_config
 from utils.errors import UserError
@@ -41,12 +46,15 @@ def transplanted(
         data_norm: the new model's; None for its backbone's default.
 
     Raises:
-        UserError: the backbones differ in more than the number of RCAN's blocks.
+        UserError: the backbones differ in more than the number of RCAN's blocks, or in what their
+            inputs are normalised with.
     """
     model = models.make(spec, data_norm=data_norm)
-    prefix = _PREFIX if _SPEC in spec["args"] else ""
-    own_spec = spec["args"].get(_SPEC, spec)
-    backbone = models.make({**own_spec, "args": {**own_spec["args"], "no_upsampling": True}})
+    args = spec.get("args") or {}
+    prefix = _PREFIX if _SPEC in args else ""
+    own_spec = args.get(_SPEC, spec)
+    own_args = own_spec.get("args") or {}
+    backbone = models.make({**own_spec, "args": {**own_args, "no_upsampling": True}})
     theirs = {
         key.removeprefix("module.").removeprefix(_PREFIX): value for key, value in state.items()
     }
@@ -60,6 +68,7 @@ def transplanted(
                 f"checkpoint {source} is of another backbone: its {key} is "
                 f"{tuple(theirs[key].shape)} instead of {tuple(value.shape)}"
             )
+    check_same_norm(model, state, source)
     taken = {f"{prefix}{key}": theirs[key] for key in backbone.state_dict()}
     model.load_state_dict(taken, strict=False)
     return model

@@ -23,15 +23,11 @@ from engine.validation_sizes import border_of
 from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
 from models.routing import FixedRouting, KRouting
-from utils.config import Config
 from utils.distributed import World, gather_objects, together
 from utils.metrics import PsnrType, psnr
 
 # The row in which the classifier decides.
 BY_CLASSIFIER = "k0"
-
-# Of a data set, what changes no figure.
-_WITHOUT_EFFECT = ("cache", "cache_dir", "on_error")
 
 
 @dataclass(frozen=True)
@@ -53,18 +49,22 @@ class ValidationRow:
     picture: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
 
 
-def validated_on(config: Config) -> str:
-    """Short name of the images and the channels that a config validates on.
+def validated_on(sets: Iterable[tuple[float, Dataset]], psnr_type: PsnrType) -> str:
+    """Short name of the images that are validated on, how LR is made, and the channels.
 
-    Figures of runs, or of parts of a run, can be compared where it is the same.
+    Figures of runs, or of parts of a run, can be compared where it is the same. Of an image, name
+    and size of its files count, not where they are.
     """
-    about: list[Any] = [config.psnr_type]
-    if (data := config.valid_dataset) is not None:
-        args = data.dataset.get("args") or {}
-        kept = {key: value for key, value in args.items() if key not in _WITHOUT_EFFECT}
-        about += [{**data.dataset, "args": kept}, data.wrapper, data.scales]
-    text = json.dumps(about, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    about: list[Any] = [psnr_type]
+    for scale, samples in sets:
+        source = getattr(samples, "dataset", None)
+        files = [
+            [(path.name, path.stat().st_size if path.exists() else 0) for path in column]
+            for column in getattr(source, "columns", [])
+        ]
+        how = [getattr(samples, name, None) for name in ("inp_size", "lr_mode")]
+        about.append([scale, type(samples).__name__, len(samples), how, files])  # type: ignore[arg-type]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
 
 class _Figures(NamedTuple):

@@ -14,7 +14,6 @@ from models import kernels
 from models.native import library
 from models.native.bindings import Library
 from models.native.passes import refine_rows
-from utils.cli import one_line
 
 _log = logging.getLogger(__name__)
 # Rows that are averaged at once: their temporaries stay in cache.
@@ -72,21 +71,16 @@ def _by_kernel(out_B3rW: Tensor) -> bool:
 @functools.cache
 def _is_right_on(device: torch.device) -> bool:
     """Whether the GPU kernel gives what plain torch does, on a small image."""
-    if not kernels.available(device):
-        return False
-    from models.kernels.refine import refine_rows as refine_on_gpu  # needs Triton
 
-    prediction, classes = (each.to(device) for each in _example())
-    ours = torch.empty_like(prediction)
-    try:
+    def is_right() -> bool:
+        from models.kernels.refine import refine_rows as refine_on_gpu  # needs Triton
+
+        prediction, classes = (each.to(device) for each in _example())
+        ours = torch.empty_like(prediction)
         refine_on_gpu(prediction, classes, 0, ours)
-        right = bool((ours - _plainly_refined(prediction, classes)).abs().max() <= 1e-6)
-        reason = "it is wrong"
-    except Exception as error:  # Triton's are of many kinds
-        right, reason = False, one_line(error)
-    if not right:
-        _log.warning("fused kernels: no refinement by them, plain torch is used: %s", reason)
-    return right
+        return bool((ours - _plainly_refined(prediction, classes)).abs().max() <= 1e-6)
+
+    return kernels.agrees("refinement", device, is_right)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ Axes: B patches (or tiles) of *one* image, M upsamplers, H W output.
 """
 
 import functools
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,7 @@ from torch import Tensor
 
 from models.native import library
 from models.native.passes import histogram as histogram_of
-from utils.cli import one_line
 from utils.errors import UserError
-
-_log = logging.getLogger(__name__)
 
 # Beyond this k every logit is negligible; larger values would overflow float32.
 MAX_K = 1e30
@@ -233,21 +229,15 @@ def _is_right_on(device: torch.device) -> bool:
     """Whether the GPU kernel's classes are those of the histogram, on a small image."""
     from models import kernels  # it imports the backbones
 
-    if not kernels.available(device):
-        return False
-    from models.kernels.adaptive import adaptive_classes  # needs Triton
+    def is_right() -> bool:
+        from models.kernels.adaptive import adaptive_classes  # needs Triton
 
-    margins = torch.linspace(-6, 3, 5000).roll(1234).view(1, 50, 100)
-    expected = classes_by_histogram(margins[:, None])
-    try:
-        different = (adaptive_classes(margins.to(device)).cpu() != expected).sum()
+        margins = torch.linspace(-6, 3, 5000).roll(1234).view(1, 50, 100)
+        expected = classes_by_histogram(margins[:, None])
         # A bin of the histogram goes to one side as a whole.
-        right, reason = int(different) <= 1, "it is wrong"
-    except Exception as error:  # Triton's are of many kinds
-        right, reason = False, one_line(error)
-    if not right:
-        _log.warning("fused kernels: no ADM by them, plain torch is used: %s", reason)
-    return right
+        return int((adaptive_classes(margins.to(device)).cpu() != expected).sum()) <= 1
+
+    return kernels.agrees("ADM", device, is_right)
 
 
 def _chunk_pixels(like: Tensor) -> int:

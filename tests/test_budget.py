@@ -96,6 +96,16 @@ def test_budgets_are_read(text, amount, unit, words) -> None:
     assert budget.describe() == words
 
 
+@pytest.mark.parametrize("amount", [1.001e-5, 0.6, 12.345, 1.23e13, 7e15])
+@pytest.mark.parametrize("unit", ["share", "flops", "seconds"])
+def test_amounts_are_told_as_they_are_typed(amount, unit) -> None:
+    budget = Budget(amount, unit)
+    again = Budget.parse(budget.exactly())
+    assert (again.amount, again.unit) == (pytest.approx(amount), unit)
+    rounded = Budget.parse(budget.format(amount))
+    assert amount <= rounded.amount * (1 + 1e-9) <= amount * 1.002
+
+
 @pytest.mark.parametrize("text", ["", "0", "-1", "60g", "60 G", "1e3", "nan", "inf", "ms", "5m"])
 def test_bad_budgets_are_refused(text) -> None:
     with pytest.raises(ValueError, match=r"a share such as 0\.6"):

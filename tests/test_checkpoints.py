@@ -1,5 +1,6 @@
 """The checkpoints in a run's folder: which are kept, which is the best, and what a crash leaves."""
 
+import errno
 import resource
 import signal
 from collections.abc import Iterator
@@ -123,11 +124,30 @@ def test_the_best_of_another_validation_counts_for_nothing(
     make(tmp_path, validated_on="luma").save_if_best(content(1), 30.0)
     checkpoints = make(tmp_path, resumed_at=1, validated_on="RGB")
     assert checkpoints.best is None
-    assert "best.pth was found by another validation: the next one replaces it" in caplog.text
+    assert "best.pth was found by another validation and counts for nothing" in caplog.text
     checkpoints.save_if_best(content(2), 20.0)
     assert iterations(tmp_path)[BEST_NAME] == 2
+    (kept,) = tmp_path.glob("before-*")
+    assert iterations(kept) == {BEST_NAME: 1}
     make(tmp_path, resumed_at=2, validated_on="RGB").save_if_best(content(3), 19.0)
     assert iterations(tmp_path)[BEST_NAME] == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_a_checkpoint_that_the_system_does_not_give_is_not_taken_for_damaged(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for iteration in (1, 2):
+        make(tmp_path).save(content(iteration))
+
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.load", load)
+        with pytest.raises(UserError, match=r"iter_last.pth.*(not enough memory|Input/output)"):
+            load_newest(tmp_path / LAST_NAME)
+    assert load_newest(tmp_path / LAST_NAME)[1]["iter"] == 2
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_newest_that_can_be_read(

@@ -94,6 +94,18 @@ def test_lmdb_is_made_anew_when_a_file_changes(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in folder.iterdir()) == ["a.png", "b.png"]
 
 
+def test_lmdb_keeps_apart_what_links_of_one_name_lead_to(tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    for seed in (0, 1):
+        folder = write_images(tmp_path / f"scene{seed}", {"HR.png": (5, 5)}, seed=seed)
+        (links / f"{seed}.png").symlink_to(folder / "HR.png")
+    stored = folder_of(links, cache="lmdb", cache_dir=str(tmp_path / "cache"))
+    for index in range(2):
+        np.testing.assert_array_equal(stored[index], folder_of(links)[index])
+    assert not np.array_equal(stored[0], stored[1])
+
+
 def test_lmdb_without_the_package_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,12 @@ def test_parts_hold_what_was_packed(pictures, tmp_path) -> None:
     assert unpack(tmp_path / "parts", tmp_path / "there") == (0, 12)
 
 
+def test_parts_below_what_is_packed_are_not_packed(pictures, tmp_path) -> None:
+    whole = pack([pictures], pictures / "parts", 0.03)
+    assert pack([pictures], pictures / "parts", 0.03) == whole
+    assert unpack(pictures / "parts", tmp_path / "there") == (12, 0)
+
+
 def test_packing_goes_on_where_it_ended(pictures, tmp_path) -> None:
     output = tmp_path / "parts"
     whole = pack([pictures], output, 0.03)

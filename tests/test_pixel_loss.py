@@ -126,6 +126,11 @@ def test_a_run_that_switches_is_a_run_of_l1_and_one_of_the_other(
     one, two = (checkpoint_of(tmp_path / folder) for folder in ("one", "two"))
     assert not differences(one["model"], two["model"])
     assert losses_of(tmp_path / "one") == losses_of(tmp_path / "two")
+    # A line's means are of one loss alone.
+    config = make_config(kind, pictures, iter_max=4, iter_print=4, **{key: 2})
+    assert run(config, tmp_path / "few") == 0
+    (few,) = losses_of(tmp_path / "few")
+    assert few == pytest.approx(sum(losses_of(tmp_path / "one")[2:]) / 2)
     # Not what L1 alone gives.
     train("l1", 4)
     assert losses_of(tmp_path / "l1")[:2] == losses_of(tmp_path / "one")[:2]

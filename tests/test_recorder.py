@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 from torch.utils.data import Dataset
 
 import models
+from engine.events import Events
 from engine.recorder import Recorder
 from engine.restore import Restored
 from engine.validation import ValidationRow, validate
@@ -119,6 +120,31 @@ def test_a_full_disk_ends_tensorboard_alone(
     assert told == [
         "tensorboard gets no more of this run: its file cannot be written (No space left on device)"
     ]
+
+
+def test_a_log_on_the_same_full_disk_does_not_end_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.flush", full)
+    monkeypatch.setattr("engine.events.logger.warning", full)
+    events = Events(tmp_path, purge_step=1)
+    for step in range(30):  # more than the queue takes
+        events.add_scalar("a", 1.0, step)
+        events._writer.flush() if step == 3 else None
+    events.close()
+
+
+def test_another_loss_begins_with_means_of_its_own(tmp_path: Path) -> None:
+    with Recorder(tmp_path, start=0, end=3, batch_size=1, validated_on="") as recorder:
+        for value in (100.0, -20.0, -22.0):
+            if value == -20.0:
+                recorder.restart()
+            recorder.add({"loss": torch.tensor(value)}, lr=1e-3, data_s=0.0)
+        recorder.flush(3)
+    assert read_rows(tmp_path / METRICS_NAME)[0][-1]["loss"] == -21.0
 
 
 def test_a_pause_between_two_lines_takes_nothing_from_the_iterations_before_it(

@@ -55,6 +55,15 @@ def test_one_run_and_several(report, tmp_path) -> None:
     assert read_rgb(both).shape[1] == read_rgb(folder / "report.png").shape[1]
 
 
+def test_figures_of_other_validations_are_other_lines(tmp_path) -> None:
+    rows = [
+        row(n, "valid", scale=4.0, name="sr", psnr=20.0 + n, validated_on=kind)
+        for n, kind in ((1, "rgb1"), (2, "luma"), (3, "luma"))
+    ]
+    lines = list(Run.read(write_metrics(tmp_path / "run", *rows)).validation("psnr"))
+    assert lines == [("x4 sr (rgb1)", [1.0], [21.0]), ("x4 sr (luma)", [2.0, 3.0], [22.0, 23.0])]
+
+
 def test_lines_of_released_metrics() -> None:
     released = Run.read(PHASE_1)
     assert released.picture.name == "release.report.png"

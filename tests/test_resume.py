@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from engine.checkpoints import older_path
+from engine.data import validation_sets
 from engine.run_folder import CONFIG_NAME
 from engine.trainer import Trainer
 from engine.validation import validated_on
@@ -31,6 +32,7 @@ from tests.training import (
 from utils.checkpoint import BEST_NAME, LAST_NAME, load_checkpoint, save_checkpoint
 from utils.config import Config, check_config
 from utils.errors import UserError
+from utils.metrics import PsnrType
 from utils.run_metrics import METRICS_NAME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -161,22 +163,24 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(pictures: Path, tmp_pa
     assert checkpoint_of(tmp_path)["iter"] == 3
 
 
-def test_what_a_run_is_validated_on(pictures: Path) -> None:
-    """The images and the channels, and nothing that changes no figure."""
-    config = validated(pictures)
-    data = config.valid_dataset
+def test_what_a_run_is_validated_on(pictures: Path, tmp_path: Path) -> None:
+    """Images, LR and channels; not how the same images are named or cached."""
+    data = validated(pictures).valid_dataset
     assert data is not None
-    same = replace(data, num_workers=3, dataset={**data.dataset, "args": {"cache": "none"}})
-    same.dataset["args"] |= {k: v for k, v in data.dataset["args"].items() if k != "cache"}
-    assert validated_on(replace(config, valid_dataset=same)) == validated_on(config)
-    others = [
-        replace(config, psnr_type="rgb"),
-        replace(config, valid_dataset=replace(data, scales=[3.0])),
-        replace(config, valid_dataset=replace(data, dataset={"name": "image-folder"})),
-        replace(config, valid_dataset=None),
-    ]
-    names = {validated_on(each) for each in (config, *others)}
-    assert len(names) == len(others) + 1
+
+    def name(psnr_type: PsnrType = "rgb", **changes: Any) -> str:
+        args = {**data.dataset["args"], **changes.pop("args", {})}
+        changed = replace(data, dataset={**data.dataset, "args": args}, **changes)
+        return validated_on(validation_sets(changed), psnr_type)
+
+    shutil.copytree(pictures, tmp_path / "copy")
+    elsewhere = {"root_path": str(tmp_path / "copy"), "cache": "none"}
+    assert name(args=elsewhere) == name(scales=[4.0], num_workers=2) == name()
+    others = [name("y"), name(scales=[3.0]), name(args={"first_k": 1})]
+    others.append(name(wrapper={**data.wrapper, "args": {"scale": 4, "lr_mode": "uint8"}}))
+    next((tmp_path / "copy").iterdir()).unlink()
+    others.append(name(args=elsewhere))
+    assert len({name(), *others}) == 1 + len(others)
 
 
 def test_a_run_beyond_a_shortened_end_is_left_alone(

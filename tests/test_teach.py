@@ -1,7 +1,10 @@
 """``python -m engine.teach``: what it makes, goes on with, and refuses."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from engine import teach as command
 from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.self_ensemble import SelfEnsemble
 from models.routing import FixedRouting
+from tests.processes import REPOSITORY
 from tests.training import make_pictures, raw_config
 from utils.checkpoint import save_checkpoint
 from utils.cli import run
@@ -191,16 +195,35 @@ def test_a_bad_photograph_does_not_keep_the_others(
     deep = np.full((12, 8, 3), 40000, np.uint16)
     write_picture(place.photos / "deep.png", Picture(deep, deep[..., 0]))
     shutil.copy(place.photos / "odd.png", place.photos / "odd.bmp")
+    (place.photos / "gone.png").symlink_to(place.photos / "nowhere.png")
     for line in ("6 pairs\n", "6 pairs, 6 of them from before\n"):
         assert call(monkeypatch, place.words("fsrcnn")) == 2
         captured = capsys.readouterr()
         assert captured.out.endswith(f"{place.output}: {line}")
-        damaged, tiny = captured.err.splitlines()
+        damaged, gone, tiny = captured.err.splitlines()
+        assert "gone.png" in gone and "does not exist" in gone
         assert damaged.startswith("not used: image") and "0.png" in damaged
         assert "tiny.png is 9x3, too small for scale 4" in tiny
     pairs = place.pairs()
     assert set(pairs) == {"1", "2", "3", "deep", "odd_bmp", "odd_png"}
     assert (pairs["deep"][0] == 156).all()
+
+
+def test_one_process_at_a_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.teacher("fsrcnn")
+    holder = "import sys; from pathlib import Path; from utils.lock import locked\n"
+    holder += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", holder, str(place.output)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": REPOSITORY}
+    with subprocess.Popen(words, **pipes) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == b"held\n"
+        assert call(monkeypatch, place.words("fsrcnn")) == 2
+        other.stdin.close()
+    assert f"{place.output} is in use by process {other.pid}" in capsys.readouterr().err
+    assert call(monkeypatch, place.words("fsrcnn")) == 0
 
 
 def test_a_photograph_too_large_for_memory_is_named(

@@ -13,6 +13,7 @@ from engine.train_queue import parse_arguments
 from tests.training import make_pictures, raw_config
 from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint, save_checkpoint
 from utils.config import dump_yaml, load_config
+from utils.run_metrics import METRICS_NAME
 
 WORDS = ["--device", "cpu"]
 
@@ -82,6 +83,23 @@ def test_what_has_to_wait_does_not_keep_the_others(tmp_path) -> None:
         "fsrcnn": "finished",
     }
     assert released.describe("finished") == "fsrcnn: finished, 6 of 6 iterations"
+
+
+def test_a_run_without_its_last_validation_is_not_finished(tmp_path) -> None:
+    pictures = make_pictures(tmp_path / "pictures")
+    data = raw_config("fsrcnn", pictures)["train_dataset"]["dataset"]
+    wrapper = {"name": "sr-implicit-downsampled", "args": {"scale": 4}}
+    valid = {"dataset": data, "wrapper": wrapper}
+    job = make_job(tmp_path, "fsrcnn", pictures, iter_max=4, iter_val=2, valid_dataset=valid)
+    assert train([job]) == {"fsrcnn": "finished"}
+    metrics = job.folder / METRICS_NAME
+    whole = metrics.read_text().splitlines()
+    metrics.write_text("\n".join(whole[:-1]) + "\n")  # as where it was killed in the validation
+    assert not job.is_finished
+    assert job.describe("stopped").endswith(" dB at iteration 2")
+    assert train([job]) == {"fsrcnn": "finished"}
+    assert metrics.read_text().splitlines()[-1] == whole[-1]
+    assert job.describe("finished").endswith(" dB")
 
 
 @pytest.mark.parametrize("command", ["train", "pack", "unpack"])

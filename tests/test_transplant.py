@@ -66,6 +66,22 @@ def test_pcsr_begins_with_the_backbone_of_an_original() -> None:
     torch.testing.assert_close(features(own, x), features(theirs, x))
 
 
+def test_another_normalisation_is_refused() -> None:
+    spec = {"name": "fsrcnn", "args": {"d": 8, "s": 4, "m": 1, "upscale": 4}}
+    norm = {"mean": [0.5, 0.5, 0.5], "std": [1.0, 1.0, 1.0]}
+    theirs = models.make(spec, data_norm=norm)
+    with pytest.raises(UserError, match=r"a.pth learned with `data_norm.mean` \[0.5, 0.5, 0.5\]"):
+        transplanted(_pcsr(spec), theirs.state_dict(), "a.pth")
+    x = torch.randn(1, 3, 9, 7)
+    own = transplanted(_pcsr(spec), theirs.state_dict(), "a.pth", norm)
+    torch.testing.assert_close(features(own, x), features(theirs, x))
+
+
+def test_a_spec_may_leave_its_arguments_out() -> None:
+    state = models.make({"name": "fsrcnn"}).state_dict()
+    assert transplanted({"name": "fsrcnn"}, state, "a.pth") is not None
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [

@@ -5,6 +5,7 @@ weights are averaged, ``ema: {decay, sd}``; released weights hold `model` and `i
 checkpoints of the same format load as they are.
 """
 
+import errno
 import io
 import pickle
 import warnings
@@ -41,13 +42,18 @@ def find_weights(save_dir: Path) -> Path:
     )
 
 
+class UnreadableError(UserError):
+    """A file that cannot be read now, and may be as it should be."""
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU. Only tensors and plain values are accepted.
 
     A bare state dict is returned as ``{"model": {"sd": ...}}``.
 
     Raises:
-        UserError: missing, damaged, holding Python objects, or not a checkpoint.
+        UserError: missing, damaged, holding Python objects, or not a checkpoint; as
+            `UnreadableError` where it may be whole, and it is the system that does not give it.
     """
     path = Path(path)
     if path.is_dir():
@@ -65,9 +71,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} refused: {what} Python objects, which could run code on loading; "
             f"only tensors and plain values are accepted"
         ) from error
-    except PermissionError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    except MemoryError as error:
+        raise UnreadableError(f"checkpoint {path}: not enough memory to read it") from error
     except Exception as error:
+        # A damaged archive may name a place that cannot be gone to: that is EINVAL.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise UnreadableError(
+                f"checkpoint {path} cannot be read: {error.strerror or error}"
+            ) from error
         # The restricted unpickler meets arbitrary bytes: IndexError, OSError, TypeError,
         # struct.error, RuntimeError and others all mean the same.
         raise UserError(

@@ -83,9 +83,14 @@ class Run:
 
     def validation(self, key: str) -> Iterator[Line]:
         """A figure of each validation, named after the set and the way of running the model."""
-        rows = [row for row in self.rows if is_validation(row)]
-        for name in dict.fromkeys(validation_name(row) for row in rows):
-            yield from _line(name, [row for row in rows if validation_name(row) == name], key)
+        groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for row in filter(is_validation, self.rows):
+            kinds = groups.setdefault(validation_name(row), {})
+            kinds.setdefault(row.get("validated_on", ""), []).append(row)
+        for name, kinds in groups.items():
+            for kind, rows in kinds.items():
+                # Figures of other images or channels are another line.
+                yield from _line(f"{name} ({kind})" if len(kinds) > 1 else name, rows, key)
 
 
 def _metrics_path(place: Path) -> Path:

@@ -19,7 +19,7 @@ from engine.demo.report import comparison_table
 from engine.demo.upscale_job import UpscaleJob
 from engine.demo.words import DEFAULT_OPACITY, check_words
 from engine.evaluation import Figures, Restore, mean_of, warm_up
-from engine.inference_words import routing_from
+from engine.inference_words import routing_from, warn_of_idle_original
 from engine.picture_files import find_inputs, prepare_folder, result_stems
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
@@ -124,7 +124,9 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
     config = None if args.config is None else Path(args.config)
     pcsr = load_demo_pcsr(args.weights, config, args.overrides, device)
     original, about = None, ""
-    if not args.upscale:
+    if args.upscale:
+        warn_of_idle_original(args)
+    else:
         original, about = _load_original(args, pcsr.backbone, device)
     original_cost = OriginalCost(pcsr.backbone, original.model if original else None)
     if original is None and args.original_config is not None:

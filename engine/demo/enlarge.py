@@ -25,7 +25,7 @@ class Enlarger:
     x2 30.7 / 31.3 / 34.8; x3 27.5 / 30.7 / 31.4; x8 21.7 / 23.7 / 24.0.
 
     Args:
-        restore: the model with its routing.
+        restore: a PCSR network with its routing.
         model_scale: that it was trained at; None where it was trained at many, so that it
             computes every size itself.
     """

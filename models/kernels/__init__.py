@@ -9,11 +9,13 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
 from models.backbones.base import SRNetwork
 from models.streams import Encoder
+from utils.cli import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -53,10 +55,28 @@ def _failure(device: torch.device) -> str | None:
         classes = torch.tensor([[[1, 0, 1]]], dtype=torch.uint8, device=device)
         counts = Partition.of(classes, 2).counts()
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        _log.warning("the fused kernels cannot be used, plain torch is: %s", reason[0])
-        return reason[0]
+        reason = one_line(error)
+        _log.warning("the fused kernels cannot be used, plain torch is: %s", reason)
+        return reason
     return None if counts == [1, 2] else f"a test kernel counted {counts} instead of [1, 2]"
+
+
+def agrees(what: str, device: torch.device, is_right: Callable[[], bool]) -> bool:
+    """Whether a kernel can be used on `device`; where it fails or is wrong, a line says so.
+
+    Args:
+        what: it does.
+        is_right: runs it on a small example, and compares with plain torch.
+    """
+    if not available(device):
+        return False
+    try:
+        right, reason = is_right(), "it is wrong"
+    except Exception as error:  # Triton's are of many kinds
+        right, reason = False, one_line(error)
+    if not right:
+        _log.warning("fused kernels: no %s by them, plain torch is used: %s", what, reason)
+    return right
 
 
 # Of a backbone's features, relative to plain torch.
@@ -83,8 +103,7 @@ def fused_encoder(network: SRNetwork, dtype: torch.dtype = torch.float32) -> Enc
     except ValueError:  # they are not made for it
         return network.fused(dtype)
     except Exception as error:  # Triton's are of many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        _log.warning("fused kernels: no backbone by them, plain torch is used: %s", reason)
+        _log.warning("fused kernels: no backbone by them, plain torch is used: %s", one_line(error))
         return network.fused(dtype)
     # Weights that are no numbers say nothing of the kernels.
     same_nan = torch.equal(ours.isnan(), theirs.isnan())
