@@ -105,7 +105,7 @@ def unpack(source: Path, output: Path, aside: Path | None = None) -> tuple[int, 
 
 
 def _files_of(folders: Sequence[Path], output: Path) -> dict[str, Path]:
-    """Files by their name in the parts, sorted; hidden ones and those in `output` stay out."""
+    """Files by their name in the parts, sorted. Hidden ones stay out, and `output` if it is below."""
     files: dict[str, Path] = {}
     seen: dict[str, Path] = {}
     for folder in folders:
@@ -116,9 +116,10 @@ def _files_of(folders: Sequence[Path], output: Path) -> dict[str, Path]:
         if name in seen:
             raise UserError(f"{seen[name]} and {folder} have the same name: pack them apart")
         seen[name] = folder
+        own = output.resolve() if folder.resolve() in output.resolve().parents else None
         for path in sorted(folder.rglob("*")):
             relative = path.relative_to(folder)
-            if output.resolve() in path.resolve().parents:
+            if own is not None and own in path.resolve().parents:
                 continue
             if path.is_file() and not any(part.startswith(".") for part in relative.parts):
                 files[f"{name}/{relative.as_posix()}"] = path

@@ -77,6 +77,9 @@ def test_parts_below_what_is_packed_are_not_packed(pictures, tmp_path) -> None:
     whole = pack([pictures], pictures / "parts", 0.03)
     assert pack([pictures], pictures / "parts", 0.03) == whole
     assert unpack(pictures / "parts", tmp_path / "there") == (12, 0)
+    # What is above says nothing of what is packed.
+    pack([pictures / "more"], pictures, 0.03)
+    assert unpack(pictures, tmp_path / "one") == (1, 0)
 
 
 def test_packing_goes_on_where_it_ended(pictures, tmp_path) -> None:

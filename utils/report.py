@@ -90,7 +90,7 @@ class Run:
         for name, kinds in groups.items():
             for kind, rows in kinds.items():
                 # Figures of other images or channels are another line.
-                yield from _line(f"{name} ({kind})" if len(kinds) > 1 else name, rows, key)
+                yield from _line(f"{name} ({kind})" if kind and len(kinds) > 1 else name, rows, key)
 
 
 def _metrics_path(place: Path) -> Path:
