@@ -105,7 +105,7 @@ def unpack(source: Path, output: Path, aside: Path | None = None) -> tuple[int, 
 
 
 def _files_of(folders: Sequence[Path], output: Path) -> dict[str, Path]:
-    """Files by their name in the parts, sorted. Hidden ones stay out, and `output` if it is below."""
+    """Files by name in the parts, sorted; without hidden ones, and `output` if it is below."""
     files: dict[str, Path] = {}
     seen: dict[str, Path] = {}
     for folder in folders:

@@ -14,7 +14,7 @@ from engine.conventions import Conventions
 from engine.demo.compare_job import CompareJob
 from engine.demo.enlarge import Enlarger
 from engine.demo.jobs import Done, Setting, naming_memory, run_batch
-from engine.demo.models import load_demo_original, load_demo_pcsr
+from engine.demo.models import LoadedPcsr, load_demo_original, load_demo_pcsr
 from engine.demo.report import comparison_table
 from engine.demo.upscale_job import UpscaleJob
 from engine.demo.words import DEFAULT_OPACITY, check_words
@@ -132,11 +132,10 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
     if original is None and args.original_config is not None:
         original_cost = OriginalCost.of_config(pcsr.backbone, load_config(args.original_config))
     routing = routing_from(args, len(pcsr.model.upsamplers), original_cost)
-    refinement = not args.no_refinement
     restorer = PcsrRestorer(
         pcsr.model,
         routing,
-        refinement=refinement,
+        refinement=not args.no_refinement,
         pixel_batch_size=args.pixel_batch_size,
         engine=args.engine,
         precision=args.precision,
@@ -147,42 +146,54 @@ def _load(args: argparse.Namespace, device: torch.device) -> Subject:
     if args.self_ensemble:
         restore = SelfEnsemble(restorer)
         compared = None if original is None else SelfEnsemble(original)
-    lines = [
-        f"PCSR on {pcsr.backbone}: {pcsr.path}; {routing.describe()}, "
-        f"refinement {'on' if refinement else 'off'}"
-    ]
+    conventions = None if args.upscale else _conventions(args, routing.describe())
+    lines = _heading(args, pcsr, routing.describe())
+    facts = _facts(args, pcsr, routing.describe())
+    if conventions is not None:
+        lines.append(f"original: {about}" if original else f"PCSR runs alone: {about}")
+        lines.append(f"conventions: {conventions.describe()}; HR is the photograph's centre")
+        facts["original"] = about if original else None
+    lines.append(f"device: {device} ({device_name(device)})")
+    enlarger = Enlarger(restore, args.model_scale)
+    return Subject(enlarger, compared, conventions, "\n".join(lines), facts)
+
+
+def _conventions(args: argparse.Namespace, routing: str) -> Conventions:
+    return Conventions(
+        scale=args.scale,
+        psnr_type="rgb",
+        lr="bicubic float",
+        crop=False,
+        per_image=True,
+        routing=routing,
+        refinement=not args.no_refinement,
+        self_ensemble=args.self_ensemble,
+    )
+
+
+def _heading(args: argparse.Namespace, pcsr: LoadedPcsr, routing: str) -> list[str]:
+    """Lines on what runs and how."""
+    refinement = "off" if args.no_refinement else "on"
+    lines = [f"PCSR on {pcsr.backbone}: {pcsr.path}; {routing}, refinement {refinement}"]
     if args.model_scale is not None and (args.size or args.scale != args.model_scale):
         lines.append(f"computed at x{args.model_scale:g}, then resized by bicubic")
     if args.self_ensemble and args.upscale:
         lines.append(f"self-ensemble of {max(TURNS)}: the mean over flipped and turned copies")
-    facts: dict[str, Any] = {
+    return lines
+
+
+def _facts(args: argparse.Namespace, pcsr: LoadedPcsr, routing: str) -> dict[str, Any]:
+    """The same in plain JSON values."""
+    return {
         "pcsr": str(pcsr.path),
         "backbone": pcsr.backbone,
-        "routing": routing.describe(),
-        "refinement": refinement,
+        "routing": routing,
+        "refinement": not args.no_refinement,
         "self_ensemble": args.self_ensemble,
         "model_scale": args.model_scale,
         "engine": args.engine,
         "precision": args.precision,
     }
-    conventions = None
-    if not args.upscale:
-        lines.append(f"original: {about}" if original else f"PCSR runs alone: {about}")
-        facts["original"] = about if original else None
-        conventions = Conventions(
-            scale=args.scale,
-            psnr_type="rgb",
-            lr="bicubic float",
-            crop=False,
-            per_image=True,
-            routing=routing.describe(),
-            refinement=refinement,
-            self_ensemble=args.self_ensemble,
-        )
-        lines.append(f"conventions: {conventions.describe()}; HR is the photograph's centre")
-    lines.append(f"device: {device} ({device_name(device)})")
-    enlarger = Enlarger(restore, args.model_scale)
-    return Subject(enlarger, compared, conventions, "\n".join(lines), facts)
 
 
 def _load_original(
