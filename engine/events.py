@@ -36,17 +36,21 @@ class Events:
         self._writer.file_writer.add_event(Event(step=purge_step, session_log=start))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """A point of the curve `tag`, after `step` iterations."""
         self._writer.add_scalar(tag, value, step)
 
     def add_image(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """`picture` is (H, W, 3) uint8."""
+        """A picture (H, W, 3) uint8 under `tag`, after `step` iterations."""
         self._writer.add_image(tag, picture, step, dataformats="HWC")
 
     def close(self) -> None:
+        """Write what waits, and end the thread."""
         self._writer.close()
 
     def _guarded(self, write: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        """`write`, which does nothing from its first failure on."""
+
+        def guarded(*args: Any) -> Any:
             if self._failed:
                 return None
             try:
@@ -61,4 +65,4 @@ class Events:
                     )
                 return None
 
-        return run
+        return guarded

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.start import is_at_end
 from engine.stop import StopSignal
 from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint
 from utils.cli import one_line
 from utils.config import Config
 from utils.errors import UserError
 from utils.release import release
-from utils.run_metrics import METRICS_NAME, has_validation, read_rows
+from utils.run_metrics import METRICS_NAME, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.1
@@ -45,12 +46,9 @@ class Job:
     @property
     def is_finished(self) -> bool:
         """Whether all iterations are done, and the last validation."""
-        if self.iteration < self.config.iter_max:
-            return False
-        if self.config.valid_dataset is None or self.iteration > self.config.iter_max:
-            return True
-        has_state = (self.folder / LAST_NAME).is_file()
-        return not has_state or has_validation(self.folder / METRICS_NAME, self.iteration)
+        if (self.folder / LAST_NAME).is_file():
+            return is_at_end(self.config, self.folder, self.iteration)
+        return self.iteration >= self.config.iter_max
 
     def command(self, words: Sequence[str]) -> list[str]:
         """What trains it, as ./dist.sh would: on all GPUs, or in one process on the CPU."""

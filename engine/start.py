@@ -88,13 +88,18 @@ def find_start(config: Config, options: TrainOptions) -> Start:
 
 def is_complete(config: Config, options: TrainOptions, start: Start) -> bool:
     """Whether the run has ended: all iterations, the last checkpoint and the last validation."""
-    if not 0 < config.iter_max <= start.iteration or start.path is None:
+    if start.path is None or start.path.name != LAST_NAME or not start.is_of(options.save_dir):
         return False
-    if not start.is_of(options.save_dir) or start.path.name != LAST_NAME:
+    return is_at_end(config, options.save_dir, start.iteration)
+
+
+def is_at_end(config: Config, folder: Path, iteration: int) -> bool:
+    """Whether a run in `folder`, which has come to `iteration`, has its last validation, too."""
+    if not 0 < config.iter_max <= iteration:
         return False
-    if config.valid_dataset is None or start.iteration > config.iter_max:
+    if config.valid_dataset is None or iteration > config.iter_max:
         return True
-    return has_validation(options.save_dir / METRICS_NAME, start.iteration)
+    return has_validation(folder / METRICS_NAME, iteration)
 
 
 def _weights_to_begin_with(config: Config, options: TrainOptions) -> Path | None:

@@ -128,12 +128,15 @@ def test_a_log_on_the_same_full_disk_does_not_end_the_thread(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.flush", full)
     monkeypatch.setattr("engine.events.logger.warning", full)
     events = Events(tmp_path, purge_step=1)
+    worker = events._writer.file_writer.event_writer._worker
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
     for step in range(30):  # more than the queue takes
         events.add_scalar("a", 1.0, step)
-        events._writer.flush() if step == 3 else None
+        worker.join(0.01)
+        assert worker.is_alive()
+    assert events._failed
     events.close()
 
 

@@ -7,17 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.checkpoints import older_path
-from engine.data import validation_sets
 from engine.run_folder import CONFIG_NAME
 from engine.trainer import Trainer
-from engine.validation import validated_on
 from tests.training import (
     KINDS,
     SOAP,
@@ -32,7 +29,6 @@ from tests.training import (
 from utils.checkpoint import BEST_NAME, LAST_NAME, load_checkpoint, save_checkpoint
 from utils.config import Config, check_config
 from utils.errors import UserError
-from utils.metrics import PsnrType
 from utils.run_metrics import METRICS_NAME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -161,26 +157,6 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(pictures: Path, tmp_pa
     assert (tmp_path / LAST_NAME).read_bytes() == before
     run(make_config("fsrcnn", pictures, iter_max=3), tmp_path)
     assert checkpoint_of(tmp_path)["iter"] == 3
-
-
-def test_what_a_run_is_validated_on(pictures: Path, tmp_path: Path) -> None:
-    """Images, LR and channels; not how the same images are named or cached."""
-    data = validated(pictures).valid_dataset
-    assert data is not None
-
-    def name(psnr_type: PsnrType = "rgb", **changes: Any) -> str:
-        args = {**data.dataset["args"], **changes.pop("args", {})}
-        changed = replace(data, dataset={**data.dataset, "args": args}, **changes)
-        return validated_on(validation_sets(changed), psnr_type)
-
-    shutil.copytree(pictures, tmp_path / "copy")
-    elsewhere = {"root_path": str(tmp_path / "copy"), "cache": "none"}
-    assert name(args=elsewhere) == name(scales=[4.0], num_workers=2) == name()
-    others = [name("y"), name(scales=[3.0]), name(args={"first_k": 1})]
-    others.append(name(wrapper={**data.wrapper, "args": {"scale": 4, "lr_mode": "uint8"}}))
-    next((tmp_path / "copy").iterdir()).unlink()
-    others.append(name(args=elsewhere))
-    assert len({name(), *others}) == 1 + len(others)
 
 
 def test_a_run_beyond_a_shortened_end_is_left_alone(
