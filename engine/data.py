@@ -25,6 +25,7 @@ from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
 from utils.images import read_size
+from utils.signals import ending_signals
 
 Batch = dict[str, Tensor]
 
@@ -164,7 +165,8 @@ class _WorkerSignals:
         atexit.register(self._set_exiting)
 
     def __call__(self, _worker_id: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in ending_signals():
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _set_exiting(self) -> None:

@@ -19,8 +19,8 @@ from utils.run_metrics import METRICS_NAME, read_rows
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.1
 FAILED = "failed"
-# Exit codes of a training that was asked to stop and has saved, by SIGTERM or Ctrl-C.
-_STOPPED = (143, 130)
+# Exit codes of a training that was asked to stop and has saved: by SIGTERM, Ctrl-C or SIGHUP.
+_STOPPED = (143, 130, 129)
 
 
 @dataclass(frozen=True)

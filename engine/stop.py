@@ -1,16 +1,18 @@
-"""Ending a run from outside: SIGINT and SIGTERM let the iteration finish."""
+"""Ending a run from outside: SIGINT, SIGTERM and SIGHUP let the iteration finish."""
 
 import signal
 import time
 from types import FrameType
 from typing import Any
 
+from utils.signals import ending_signals
+
 # A terminal's Ctrl-C comes twice under torchrun: from the terminal and from torchrun.
 _SAME_S = 2.0
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM while it is entered, so that a loop can end where it is whole.
+    """Notes the signals that end a run while it is entered, for a loop to end where it is whole.
 
     Who asks again, 2 seconds later or more, is not kept waiting: KeyboardInterrupt is raised.
 
@@ -24,7 +26,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ending_signals():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

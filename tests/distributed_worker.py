@@ -71,6 +71,15 @@ def signalled_rank(folder: Path, current: World) -> int:
     return run(config, folder / "signalled-run", current)
 
 
+def closed_terminal(folder: Path, current: World) -> int:
+    """The launcher gets SIGHUP."""
+    if current.is_main:
+        _at_step(2, lambda: os.kill(os.getppid(), signal.SIGHUP))
+    ignores = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    config = make_config("fsrcnn", folder / "pictures", iter_max=6 if ignores else 5000)
+    return run(config, folder / "run", current)
+
+
 def skipped_pictures(folder: Path, current: World) -> int:
     """Pictures that one rank meets or both do, with and without loader processes."""
     for cache, workers in (("none", 0), ("none", current.size), ("in_memory", 0)):
@@ -162,6 +171,7 @@ JOBS = {
         slow_data,
         killed_rank,
         signalled_rank,
+        closed_terminal,
     )
 }
 

@@ -1,5 +1,6 @@
 """Several processes: the result of one, and one clear end."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -145,6 +146,21 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
     assert [code for code, _ in ended] == [143, 143], ended
     assert checkpoint_of(tmp_path / "signalled-run")["iter"] == 3
     assert (tmp_path / "signalled-run" / LAST_NAME).is_file()
+
+
+@pytest.mark.parametrize(("action", "code"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 0)])
+def test_a_closed_terminal_saves_and_ends_all_unless_under_nohup(
+    action: signal.Handlers, code: int, tmp_path: Path
+) -> None:
+    make_pictures(tmp_path / "pictures")
+    before = signal.signal(signal.SIGHUP, action)  # inherited
+    try:
+        ended = launch("--nproc=2", WORKER, "closed_terminal", str(tmp_path))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended.returncode == code, ended.stderr
+    done = checkpoint_of(tmp_path / "run")["iter"]
+    assert done == 6 if code == 0 else 3 <= done < 5000
 
 
 def test_waiting_for_another_rank_is_not_waiting_for_data(tmp_path: Path) -> None:

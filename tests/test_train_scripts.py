@@ -161,7 +161,16 @@ def test_a_full_disk_ends_the_run_with_one_line(
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """SIGHUP as in a terminal: what `nohup` runs ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_saves_and_the_run_resumes(
     number: int, script: Any, write_config: Any, tmp_path: Path
 ) -> None:
@@ -230,6 +239,18 @@ def test_asking_twice_ends_at_once_but_an_echo_does_not() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("hang_up")
+def test_a_hang_up_stops_a_run_unless_it_is_ignored() -> None:
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.number
 
 
 def test_release_is_never_touched(script: Any, write_config: Any, tmp_path: Path) -> None:

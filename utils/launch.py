@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from utils.cli import run
 from utils.errors import LostConnectionError, UserError
+from utils.signals import ending_signals
 
 HELP = """usage: ./dist.sh [words] SCRIPT [the script's arguments and words]
 
@@ -181,6 +182,9 @@ def run_alone(request: Request) -> NoReturn:
 def torchrun_words(request: Request, processes: int, logs: str) -> list[str]:
     """torchrun's arguments before the script; `logs` is a folder for what is not shown."""
     words = ["--nproc-per-node", str(processes), "--log-dir", logs, *request.torchrun_words]
+    # By default torchrun handles SIGHUP under `nohup`, too.
+    handled = [*ending_signals(), *([signal.SIGQUIT] if hasattr(signal, "SIGQUIT") else [])]
+    words += ["--signals-to-handle", ",".join(number.name for number in handled)]
     if processes > 1:
         quiet = (f"{rank}:{STDERR}" for rank in range(1, processes))
         words += ["--redirects", ",".join(quiet)]
