@@ -6,6 +6,7 @@ with forked and with spawned workers.
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.images import decode_picture, read_bytes, read_rgb, to_8_bit
+from utils.lock import owned, remove_ownerless
 from utils.registry import nearest
 
 _log = logging.getLogger(__name__)
@@ -217,9 +219,13 @@ def _build(
     database.parent.mkdir(parents=True, exist_ok=True)
     pages = sum(state[0] // _PAGE_BYTES + 3 for state in manifest.values())
     map_size = pages * _PAGE_BYTES + 16 * 2**20 + 256 * len(paths)
-    temporary = database.with_name(f".{uuid.uuid4().hex}.tmp")
+    remove_ownerless(database.parent.glob(f".{glob.escape(database.stem)}.*.tmp"))
+    temporary = database.with_name(f".{database.stem}.{uuid.uuid4().hex}.tmp")
     try:
-        with lmdb.open(str(temporary), map_size=map_size, subdir=False, lock=False) as environment:
+        with (
+            owned(temporary),
+            lmdb.open(str(temporary), map_size=map_size, subdir=False, lock=False) as environment,
+        ):
             entries = list(zip(keys, paths, strict=True))
             progress = tqdm(total=len(entries), desc="building LMDB", leave=False, disable=None)
             for first in range(0, len(entries), _IMAGES_PER_COMMIT):

@@ -3,6 +3,9 @@
 import logging
 import os
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,12 @@ from datasets.pairing import align_pair, pair_by_name
 from datasets.resize import imresize, imresize_uint8
 from datasets.sampling import SampleKey
 from engine.data import TrainBatches, validation_sets
+from tests.processes import REPOSITORY
 from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
 from utils.images import Picture, read_rgb, to_tensor, write_picture
+from utils.lock import owned
 
 
 def write_images(folder: Path, sizes: dict[str, tuple[int, int]], seed: int = 0) -> Path:
@@ -104,6 +109,28 @@ def test_lmdb_keeps_apart_what_links_of_one_name_lead_to(tmp_path: Path) -> None
     for index in range(2):
         np.testing.assert_array_equal(stored[index], folder_of(links)[index])
     assert not np.array_equal(stored[0], stored[1])
+
+
+def test_what_a_killed_process_left_of_an_lmdb_goes(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "in", {"a.png": (8, 9)})
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    build = (
+        "import os, signal, sys\n"
+        "from datasets import cache\n"
+        "from tests.test_datasets import folder_of\n"
+        "cache.read_bytes = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "folder_of(sys.argv[1], cache='lmdb', cache_dir=sys.argv[2]).load()\n"
+    )
+    words = [sys.executable, "-c", build, str(folder), str(cache)]
+    assert subprocess.run(words, cwd=REPOSITORY).returncode == -signal.SIGKILL
+    (left,) = cache.iterdir()
+    (cache / ".other.tmp").touch()
+    used = left.with_name(left.name.replace(".tmp", "0.tmp"))
+    with owned(used):
+        folder_of(folder, cache="lmdb", cache_dir=str(cache)).load()
+    (database,) = cache.glob("*.lmdb")
+    assert set(cache.iterdir()) == {database, used, cache / ".other.tmp"}
 
 
 def test_lmdb_without_the_package_says_what_to_do(

@@ -1,9 +1,9 @@
-"""One process at a time in a folder."""
+"""One process at a time in a folder; files that go with the process that was writing them."""
 
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -40,6 +40,31 @@ def locked(folder: Path) -> Iterator[None]:
                 _remove(folder / LOCK_NAME, file)
             for path in missing:
                 path.rmdir()  # fails where it holds anything
+
+
+@contextlib.contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """Make the file `path`, which must not be there, and keep `remove_ownerless` off while entered.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with path.open("xb") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def remove_ownerless(paths: Iterable[Path]) -> None:
+    """Remove those files that `owned` made and whose process has died in it.
+
+    Where there are no locks, nothing is removed.
+    """
+    for path in paths if fcntl is not None else ():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def _lock(folder: Path) -> IO[str] | None:
