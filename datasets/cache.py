@@ -34,6 +34,8 @@ OnDamaged = Callable[[int, UserError], None]
 _MANIFEST_KEY = b"\0manifest"
 _PAGE_BYTES = 4096
 _IMAGES_PER_COMMIT = 64
+# Of the name of a folder in that of its LMDB.
+_NAME_CHARACTERS = 40
 
 
 class ImageStore(Protocol):
@@ -150,9 +152,12 @@ class LmdbStore:
         # The folder resolved, and not the files in it: links to several may have one name.
         self.paths = [path.parent.resolve() / path.name for path in paths]
         self.keys = [_key(path) for path in self.paths]
-        folder = Path(cache_dir) if cache_dir else _default_cache_dir()
-        digest = hashlib.sha256(str(self.paths[0].parent).encode()).hexdigest()[:16]
-        self.database = folder / f"{self.paths[0].parent.name}-{digest}.lmdb"
+        folder = Path(cache_dir).expanduser() if cache_dir else _default_cache_dir()
+        images = self.paths[0].parent
+        digest = hashlib.sha256(os.fsencode(images)).hexdigest()[:16]
+        # LMDB takes UTF-8 alone.
+        name = images.name.encode(errors="replace").decode()[:_NAME_CHARACTERS]
+        self.database = folder / f"{name}-{digest}.lmdb"
         manifest = {
             key.hex(): _state(path) for key, path in zip(self.keys, self.paths, strict=True)
         }

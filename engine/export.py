@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.evaluate_cli import is_pcsr
+from engine.finite import check_finite
 from engine.inference_words import (
     add_weights_word,
     check_upsampler,
@@ -43,8 +44,9 @@ _RUNTIME = "onnxruntime"
 # Sizes (B, h, w) that a file is tried on: none is the one that it was made with.
 _TRIED = ((1, 17, 23), (2, 9, 6))
 _EXAMPLE = (2, 12, 10)
-# What float32 arithmetic in another order may change: images of range 1, and the classes of pixels
-# whose two upsamplers are all but equally good, a share of them and one.
+# What float32 arithmetic in another order may change: images, as a share of their largest value or
+# of 1, and the classes of pixels whose two upsamplers are all but equally good, a share of them
+# and one.
 _TOLERANCE = 1e-4
 _CLASSES_TOLERANCE = 1e-3
 _PCSR_SCALE = 4
@@ -185,7 +187,8 @@ def _trial(exported: Exported, session: Any, size: tuple[int, int, int], k: floa
     ours: tuple[Tensor, ...] = outputs if exported.is_routed else (outputs,)
     named = {name: x.numpy() for name, x in zip(exported.inputs, arguments, strict=True)}
     theirs = [torch.from_numpy(x) for x in session.run(list(exported.outputs), named)]
-    apart = (ours[0] - theirs[0]).abs()
+    check_finite(ours[0])
+    apart = (ours[0] - theirs[0]).abs() / ours[0].abs().max().clamp(min=1)
     wrong = False
     if exported.is_routed:
         _, classes = ours

@@ -7,7 +7,8 @@ from utils.errors import UserError
 
 def is_finite(image: Tensor) -> bool:
     """Whether an image holds neither NaN nor infinity; without a temporary of its size."""
-    return bool(image.sum().isfinite())
+    lowest, highest = image.aminmax()  # NaN where there is one
+    return bool((lowest.isfinite() & highest.isfinite()).item())
 
 
 def check_finite(image: Tensor) -> None:

@@ -39,9 +39,11 @@ class Job:
 
     @property
     def iteration(self) -> int:
-        """Iterations done; those of released weights count where there is nothing left to do."""
-        last, released = (_iteration(self.folder / name) for name in (LAST_NAME, RELEASE_NAME))
-        return released if last == 0 and released >= self.config.iter_max else last
+        """Iterations done; of released weights alone, where nothing is left to do after theirs."""
+        if (self.folder / LAST_NAME).is_file():
+            return _iteration(self.folder / LAST_NAME)
+        released = _iteration(self.folder / RELEASE_NAME)
+        return released if released >= self.config.iter_max else 0
 
     @property
     def is_finished(self) -> bool:
@@ -82,7 +84,7 @@ def train_all(
     for job in jobs:
         try:
             states[job.config.name] = _advance(job, jobs, end_s, words, margin_s, stop)
-        except (UserError, OSError) as error:
+        except (UserError, ValueError, OSError) as error:
             states[job.config.name] = f"{FAILED}: {one_line(error)}"
     return states
 

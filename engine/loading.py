@@ -1,5 +1,6 @@
 """Models for inference from their checkpoints, checked."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -8,9 +9,18 @@ from torch import nn
 import models
 from models.backbones.base import SRNetwork
 from models.pcsr import PCSR
-from utils.checkpoint import build_model, check_same_model, find_weights, load_checkpoint
+from utils.checkpoint import (
+    NORM_KEYS,
+    build_model,
+    check_same_model,
+    find_weights,
+    load_checkpoint,
+    same_norm,
+)
 from utils.config import Config
 from utils.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def weights_of(config: Config, named: Path | None = None) -> Path:
@@ -41,7 +51,13 @@ def load_model(path: Path, device: torch.device, config: Config | None = None) -
         data_norm = config.data_norm
         if "name" not in checkpoint["model"]:
             checkpoint["model"] = {**config.model, "sd": checkpoint["model"]["sd"]}
-    return build_model(checkpoint, path, data_norm).to(device)
+    model = build_model(checkpoint, path, data_norm)
+    if config is not None and data_norm is not None:
+        asked = models.make(config.model, data_norm=data_norm).state_dict()
+        held = model.state_dict()
+        if not all(same_norm(asked[key], held[key]) for key in NORM_KEYS):
+            _log.warning("`data_norm` changes nothing: %s holds that of its network", path)
+    return model.to(device)
 
 
 def load_original(path: Path, device: torch.device, config: Config | None = None) -> SRNetwork:

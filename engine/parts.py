@@ -121,7 +121,12 @@ def _files_of(folders: Sequence[Path], output: Path) -> dict[str, Path]:
             relative = path.relative_to(folder)
             if own is not None and own in path.resolve().parents:
                 continue
-            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            if any(part.startswith(".") for part in relative.parts):
+                continue
+            if path.is_symlink() and not path.is_file():
+                what = "a folder: pack that, too" if path.is_dir() else "nothing"
+                raise UserError(f"{path} is a link to {what}, or remove it")
+            if path.is_file():
                 files[f"{name}/{relative.as_posix()}"] = path
     if not files:
         raise UserError(f"no files in {', '.join(str(folder) for folder in folders)}")

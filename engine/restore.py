@@ -17,6 +17,7 @@ from models.backbones.base import SRNetwork
 from models.cost import ImageCost
 from models.grid import PixelGrid
 from models.inference import SRResult, super_resolve
+from models.large import flops_in_strips, in_strips
 from models.patches import (
     PATCH_BATCH_SIZE,
     PatchCanvas,
@@ -104,28 +105,35 @@ class OriginalRestorer:
                 f"LR of {w}x{h} by a network of x{self.scale} does not become {size[1]}x{size[0]}"
             )
         with Timer(lr.device) as timer:
-            sr, encoded = (self._whole if self.patches is None else self._patched)(lr[None])
+            if self.patches is None:
+                sr = in_strips(self.model, lr[None])
+            else:
+                sr = self._patched(lr[None], self.patches)
         if self.checked:
             check_finite(sr)
-        count, *shape = encoded
-        flops = [f(self.model, (1, *shape)) * count for f in (paper_flops, executed_flops)]
-        return Restored(sr[0], None, [], flops[0], flops[1], timer.elapsed_s)
+        return Restored(sr[0], None, [], *self._flops((h, w)), timer.elapsed_s)
 
-    def _whole(self, lr: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-        return self.model(lr), (1, *lr.shape[1:])  # type: ignore[return-value]
-
-    def _patched(self, lr: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-        assert self.patches is not None
+    def _patched(self, lr: Tensor, patches: Patches) -> Tensor:
         s = self.scale
         h, w = lr.shape[-2:]
-        corners, (ph, pw) = patch_corners((h, w), self.patches.size, self.patches.step)
-        patches = torch.cat([lr[..., y : y + ph, x : x + pw] for y, x in corners])
+        corners, (ph, pw) = patch_corners((h, w), patches.size, patches.step)
+        inputs = torch.cat([lr[..., y : y + ph, x : x + pw] for y, x in corners])
         canvas = PatchCanvas((h * s, w * s), lr)
-        parts = patches.split(self.patches.batch_size)
-        outputs = torch.cat([self.model(part) for part in parts])
+        outputs = torch.cat([self.model(part) for part in inputs.split(patches.batch_size)])
         for (y, x), output in zip(corners, outputs, strict=True):
             canvas.add((y * s, x * s), output)
-        return canvas.mean(), (len(corners), 3, ph, pw)
+        return canvas.mean()
+
+    def _flops(self, lr_size: tuple[int, int]) -> tuple[int, int]:
+        """FLOPs in the paper convention and executed ones of an image of (h, w)."""
+        if self.patches is None:
+            paper = paper_flops(self.model, (1, 3, *lr_size))
+            return paper, flops_in_strips(self.model, lr_size)
+        corners, patch_size = patch_corners(lr_size, self.patches.size, self.patches.step)
+        paper, executed = (
+            f(self.model, (1, 3, *patch_size)) * len(corners) for f in (paper_flops, executed_flops)
+        )
+        return paper, executed
 
 
 class PcsrRestorer:

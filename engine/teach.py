@@ -12,6 +12,7 @@ The pairs are read by `paired-image-folders`.
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def window(hr: np.ndarray, side: int | None, seed: int, name: str) -> np.ndarray
     """
     if side is None:
         return hr
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(os.fsencode(name)).digest()
     generator = np.random.default_rng([seed, *digest])
     top, left = (int(generator.integers(max(0, n - side) + 1)) for n in hr.shape[:2])
     return hr[top : top + side, left : left + side]
@@ -236,7 +237,7 @@ def _about(
     """What decides about the pairs' pixels."""
     digest = hashlib.sha256(str(network).encode())
     for name, values in (*network.named_parameters(), *network.named_buffers()):
-        digest.update(name.encode())
+        digest.update(os.fsencode(name))
         digest.update(values.detach().cpu().contiguous().numpy().tobytes())
     return {
         "network": digest.hexdigest(),

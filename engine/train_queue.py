@@ -29,7 +29,8 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         config = load_config(path, args.overrides)
         if config.iter_max < 1:
             raise UserError(f"config: {path}: `iter_max` is missing, or 0")
-        jobs.append(Job(path.resolve(), config, (args.save_dir / config.name).resolve()))
+        # Not where a link leads: its own name says which phase 0 belongs to it.
+        jobs.append(Job(path.absolute(), config, (args.save_dir / config.name).resolve()))
     names = [job.config.name for job in jobs]
     for name in names:
         if names.count(name) > 1:

@@ -1,6 +1,7 @@
 """The training loop that originals and both PCSR phases share."""
 
 import contextlib
+import itertools
 import logging
 import sys
 import time
@@ -114,6 +115,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to `iter_max`. Returns the exit code."""
+        self._try_data()
         together(lambda: self._open_folder() if self.world.is_main else None)
         # No checkpoint yet: one without any training would stand in for released weights.
         self._saved_at = time.monotonic()
@@ -198,6 +200,15 @@ class Trainer:
             run=run,
             capture=config.compile == "capture",
         )
+
+    def _try_data(self) -> None:
+        """Read the first batch: data that do not fit are refused before the folder is touched."""
+        if self.start.iteration >= self.config.iter_max:
+            return
+        batch, problem = self._read_batch()
+        if max_over_ranks([int(problem is not None)])[0]:
+            fail_together(problem)
+        self.batches = itertools.chain([batch], self.batches)
 
     # The loop
 

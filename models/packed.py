@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.elementwise import relu_
 from models.grid import PixelGrid
 from models.sampler import LIIFSampler
 
@@ -121,8 +120,8 @@ class PackedSampler:
             return x_QD.t()
         *hidden, last = self.layers
         for weight in hidden:
-            x_QD = torch.mm(relu_(x_QD), weight)
-        relu_(x_QD)
+            x_QD = torch.mm(x_QD.relu_(), weight)
+        x_QD.relu_()
         if x_QD.dtype == torch.float32:
             return torch.mm(last, x_QD.t())
         return torch.mm(x_QD, last.t()).t()

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.elementwise import relu_, relu_into
-
 
 class RowStream(Protocol):
     """Takes rows and gives rows; the output lags behind by the stream's radius."""
@@ -78,7 +76,7 @@ class ConvRows:
         """Take the next rows, which may be overwritten. Returns them, after ReLU where asked."""
         if self._kept is None and last:
             self._stored, self._padding_rows = rows, self._radius
-            return relu_(rows) if self._relu_first else rows
+            return rows.relu_() if self._relu_first else rows
         before = self._radius if self._kept is None else self._kept.shape[1]
         end = before + rows.shape[1]
         after = self._radius if last else 0
@@ -90,7 +88,7 @@ class ConvRows:
         stored[:, end:] = 0
         inside = stored[:, before:end]
         if self._relu_first:
-            relu_into(inside, rows)
+            torch.clamp_min(rows, 0, out=inside)
         else:
             inside.copy_(rows)
         self._stored, self._padding_rows = stored, 0

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,12 @@ def test_other_files_are_named(tmp_path: Path, data: bytes) -> None:
         {"model": {"sd": 3, "name": "carn"}},
         {"model": {"sd": {"w": torch.zeros(1)}, "name": 5}},
         {"model": {"sd": {"w": "zero"}, "name": "carn"}},
+        {"model": {"sd": {"w": torch.zeros(1)}, "name": "carn"}, "ema": None},
+        {"model": {"sd": {"w": torch.zeros(1)}, "name": "carn"}, "ema": {"sd": [1]}},
+        {"model": {"sd": {"w": torch.zeros(1)}, "name": "carn"}, "ema": {"sd": {"w": 1.0}}},
+        {"model": {"sd": {"w": torch.zeros(1).to_sparse()}, "name": "carn"}},
+        {"model": {"sd": {"w": torch.zeros(1, device="meta")}, "name": "carn"}},
+        {"model": {"sd": {"w": torch.zeros(1, dtype=torch.complex64)}, "name": "carn"}},
         torch.zeros(3),
     ],
     ids=lambda value: str(value)[:30],
@@ -170,6 +177,17 @@ def test_other_contents_are_refused(tmp_path: Path, value: Any) -> None:
     torch.save(value, path)
     with pytest.raises(UserError, match="not one of this format"):
         load_checkpoint(path)
+
+
+def test_a_single_wrong_bit_is_noticed(saved: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        parts = [part for part in archive.infolist() if "/data/" in part.filename]
+        largest = max(parts, key=lambda part: part.file_size)
+    data[largest.header_offset + largest.file_size // 2 + 200] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(UserError, match=rf"damaged .*check sum of {largest.filename}"):
+        load_checkpoint(saved)
 
 
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:

@@ -133,6 +133,17 @@ def test_what_a_killed_process_left_of_an_lmdb_goes(tmp_path: Path) -> None:
     assert set(cache.iterdir()) == {database, used, cache / ".other.tmp"}
 
 
+@pytest.mark.parametrize("name", ["a" * 250, "\N{CJK UNIFIED IDEOGRAPH-56FE}" * 80, "\udcff\udcfe"])
+def test_an_lmdb_of_a_folder_of_any_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = write_images(tmp_path / name, {"a.png": (8, 9)})
+    stored = folder_of(folder, cache="lmdb", cache_dir="~/cache")
+    np.testing.assert_array_equal(stored[0], folder_of(folder)[0])
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_lmdb_without_the_package_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

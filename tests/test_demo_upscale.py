@@ -1,5 +1,6 @@
 """demo.py --upscale: pictures of every kind, and nothing lost on the way."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from engine.demo.enlarge import Enlarger
 from engine.picture_files import result_stems
 from tests.demo_models import Demo
 from tests.processes import REPOSITORY
+from utils.errors import UserError
 from utils.images import Picture, read_picture, read_rgb, write_picture
 from utils.transparency import fill_transparent
 
@@ -200,6 +203,31 @@ def test_folder_goes_on_after_a_bad_file(
     assert "cut.png" in cut
     assert "text.png" in text
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("words", [["--upscale"], []])
+def test_names_that_cannot_be_shown_are_escaped(
+    words: list[str], tmp_path: Path, demo_weights: dict[str, Path], photo: np.ndarray
+) -> None:
+    """Of a terminal without such characters, and of no encoding at all."""
+    for name in (b"\xe6\x97\xa5.png", b"caf\xe9.png"):
+        write_picture(tmp_path / "in" / "new.png", Picture(photo[:48, :48]))
+        (tmp_path / "in" / "new.png").rename(tmp_path / "in" / os.fsdecode(name))
+    command = [sys.executable, "demo.py", "--device", "cpu", *words]
+    command += ["--img_path", str(tmp_path / "in"), "--out_dir", str(tmp_path / "out")]
+    command += ["--weights", str(demo_weights["two"])]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=ascii_only)
+    assert ended.returncode == 0, ended.stderr
+    assert "\\u65e5" in ended.stdout and "caf\\udce9" in ended.stdout
+    files = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(files) == (2 if words else 12)
+
+
+def test_what_the_network_itself_computes_has_a_limit() -> None:
+    enlarger = Enlarger(lambda lr, size: pytest.fail("it has to be refused"), 1e6)
+    with pytest.raises(UserError, match="x1e\\+06, more than"):
+        enlarger(torch.rand(3, 8, 8), (8, 8))
 
 
 def test_transparent_pixels_continue_what_is_visible() -> None:

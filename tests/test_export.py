@@ -153,6 +153,20 @@ def test_a_file_that_gives_other_pictures_is_not_kept(
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"before"]
 
 
+def test_values_of_any_size_are_compared_but_no_numbers_are(tmp_path: Path) -> None:
+    model = undecided(1)
+    last = model.upsamplers[-1].imnet.linears[-1]
+    with torch.no_grad():
+        last.weight.mul_(1e5)
+    difference = export.write(export.of_pcsr(model, 2), tmp_path / "a.onnx")
+    assert difference is not None and difference < 1e-4
+    with torch.no_grad():
+        last.bias.fill_(float("inf"))
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        export.write(export.of_pcsr(model, 2), tmp_path / "b.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
 def test_a_runtime_that_cannot_run_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

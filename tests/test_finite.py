@@ -10,6 +10,7 @@ from engine.finite import check_finite, is_finite
 from engine.loading import load_pcsr
 from engine.restore import OriginalRestorer, PcsrRestorer
 from models.backbones.base import SRNetwork
+from models.packed import PackedSampler
 from models.pcsr import PCSR
 from tests.test_fast import make_model, mlp
 from utils.errors import UserError
@@ -43,6 +44,33 @@ def test_what_overflows_in_half_precision_is_computed_again(
     assert not is_finite(unchecked.sr)
 
 
+@pytest.mark.parametrize("factor", [1e6, 1e7])
+def test_what_overflows_in_the_middle_is_noticed(
+    factor: float, lr: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Infinities that are subtracted from each other pass through ReLUs before they are seen."""
+    model = make_model("srresnet")
+    with torch.no_grad():
+        for parameter in model.encoder.get_submodule("conv_first").parameters():
+            parameter.mul_(factor)
+        for sampler in [*model.upsamplers, model.classifier]:
+            assert sampler is not None
+            sampler.imnet.linears[0].weight[:, : sampler.in_dim].div_(factor)
+    exact = PcsrRestorer(model)(lr, SIZE)
+    again = PcsrRestorer(model, precision="fp16")(lr, SIZE)
+    assert torch.equal(again.sr, exact.sr)
+    assert "overflows in half precision" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_of_either_sign_passes_through_an_mlp(sign: float, dtype: torch.dtype) -> None:
+    packed = PackedSampler.pack(make_model("srresnet").upsamplers[-1], dtype=dtype)
+    x = torch.zeros(40, packed.feature_CD.shape[1])
+    x[7] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
+    assert packed.finish(x).isnan().any(0).nonzero().flatten().tolist() == [7]
+
+
 def test_what_is_no_number_in_fp32_is_refused(lr: torch.Tensor) -> None:
     with pytest.raises(UserError, match="holds NaN or infinity"):
         PcsrRestorer(with_weight(float("inf")))(lr, SIZE)
@@ -69,6 +97,7 @@ def test_damaged_weights_are_named_when_they_are_loaded(tmp_path: Path) -> None:
 def test_one_value_is_enough(value: float) -> None:
     image = torch.rand(3, 40, 50)
     check_finite(image)
+    check_finite(image * 3e38)  # whose sum is none
     image[1, 20, 30] = value
     with pytest.raises(UserError):
         check_finite(image)

@@ -82,6 +82,19 @@ def test_parts_below_what_is_packed_are_not_packed(pictures, tmp_path) -> None:
     assert unpack(pictures, tmp_path / "one") == (1, 0)
 
 
+def test_links_are_packed_or_named(pictures, tmp_path) -> None:
+    (pictures / "again.png").symlink_to(pictures / "0.png")
+    pack([pictures], tmp_path / "parts", 1.0)
+    unpack(tmp_path / "parts", tmp_path / "out")
+    assert contents(tmp_path / "out" / "photos") == contents(pictures)
+    for target, what in (("nowhere", "nothing"), ("photos/more", "a folder: pack that, too")):
+        link = pictures / "link"
+        link.symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match=f"{link} is a link to {what}, or remove it"):
+            pack([pictures], tmp_path / "others", 1.0)
+        link.unlink()
+
+
 def test_packing_goes_on_where_it_ended(pictures, tmp_path) -> None:
     output = tmp_path / "parts"
     whole = pack([pictures], output, 0.03)

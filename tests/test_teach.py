@@ -132,6 +132,7 @@ def test_windows_and_pictures_go_by_the_seed(place: Place, monkeypatch: pytest.M
     odd = read_rgb(place.photos / "odd.png")
     one, other = (command.window(odd, 12, seed, "odd.png") for seed in (1, 2))
     assert one.shape == (12, 12, 3) and not np.array_equal(one, other)
+    assert command.window(odd, 12, 1, "\udcff.png").shape == (12, 12, 3), "no UTF-8"
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,16 @@ def test_self_ensemble_costs_eight_times_as_much(name, place, run, tmp_path) -> 
         assert eight["psnr"] != one["psnr"] and len(eight["shares"]) == len(one["shares"])
 
 
+def test_a_norm_that_changes_nothing_is_told(place, run) -> None:
+    """The weights hold that of their network."""
+    command = words(place, "tiny-pcsr-phase1", "--per_image", "--crop")
+    code, shown, errors = run(command)
+    assert code == 0 and "data_norm" not in errors
+    code, other, errors = run([*command, "--set", "data_norm.std=[0.5,0.5,0.5]"])
+    assert code == 0 and "`data_norm` changes nothing: " in errors
+    assert other.splitlines()[1].split()[:3] == shown.splitlines()[1].split()[:3]
+
+
 def test_phase_0_checkpoint_is_all_heavy(place, run, tmp_path) -> None:
     weights = place / "tiny-pcsr-phase0.pth"
     idle = ("--adaptive", "--no_refinement")

@@ -9,7 +9,7 @@ import torch
 
 from engine.jobs import FAILED, Job, train_all
 from engine.stop import StopSignal
-from engine.train_queue import parse_arguments
+from engine.train_queue import main, parse_arguments
 from tests.training import make_pictures, raw_config
 from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint, save_checkpoint
 from utils.config import dump_yaml, load_config
@@ -100,6 +100,45 @@ def test_a_run_without_its_last_validation_is_not_finished(tmp_path) -> None:
     assert train([job]) == {"fsrcnn": "finished"}
     assert metrics.read_text().splitlines()[-1] == whole[-1]
     assert job.describe("finished").endswith(" dB")
+
+
+def test_a_finished_run_is_mended(tmp_path) -> None:
+    """Evidence that was not copied; a newest checkpoint that is damaged; what is no UTF-8."""
+    job = make_job(
+        tmp_path, "fsrcnn", make_pictures(tmp_path / "pictures"), iter_max=4, iter_save=2
+    )
+    assert train([job]) == {"fsrcnn": "finished"}
+    released = job.folder / RELEASE_NAME
+    evidence = job.folder / "release.log.txt"
+    for path in (released, evidence):
+        path.unlink()
+    log = job.folder / "log.txt"
+    log.write_bytes(log.read_bytes() + b"caf\xc3")
+    assert train([job]) == {"fsrcnn": "finished"}
+    assert evidence.read_bytes() == log.read_bytes() and released.is_file()
+
+    last = job.folder / LAST_NAME
+    weights = load_checkpoint(last)["model"]["sd"]
+    last.write_bytes(last.read_bytes()[:3000])
+    assert job.iteration == 0 and not job.is_finished
+    assert train([job]) == {"fsrcnn": "finished"}
+    for path in (last, released):
+        found = load_checkpoint(path)["model"]["sd"]
+        assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+def test_a_linked_config_belongs_to_the_phase_0_of_its_own_name(tmp_path, monkeypatch) -> None:
+    pictures = make_pictures(tmp_path / "pictures")
+    (tmp_path / "cf").mkdir()
+    for phase in (0, 1):
+        make_job(tmp_path, f"fsrcnn-phase{phase}", pictures, iter_max=2)
+        link = tmp_path / "cf" / f"b-phase{phase}.yaml"
+        link.symlink_to(tmp_path / f"fsrcnn-phase{phase}.yaml")
+    configs = [str(tmp_path / "cf" / f"b-phase{phase}.yaml") for phase in (0, 1)]
+    words = ["--minutes", "9", "--save_dir", str(tmp_path / "s"), "--configs", *configs, *WORDS]
+    monkeypatch.setattr("sys.argv", ["train_queue", "train", *words])
+    assert main() == 0
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"b-phase0", "b-phase1"}
 
 
 @pytest.mark.parametrize("command", ["train", "pack", "unpack"])

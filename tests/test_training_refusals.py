@@ -12,6 +12,7 @@ from utils.checkpoint import LAST_NAME
 from utils.config import check_config
 from utils.errors import UserError
 from utils.images import Picture, read_rgb, write_picture
+from utils.log import set_up
 
 pytestmark = pytest.mark.usefixtures("fresh_logging")
 
@@ -190,6 +191,28 @@ def test_a_folder_that_cannot_be_one_is_refused_before_any_image_is_read(tmp_pat
         with pytest.raises(UserError, match=r"--save_dir .*: .*file is not a writable folder"):
             run(config, folder)
     assert [file] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train_dataset.wrapper.args.scale", [2, 2], "the training data's scale is 2"),
+        ("train_dataset.wrapper.args.inp_size", 500, "too small"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_a_run_is_touched(
+    path: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    raw = raw_config("fsrcnn", make_pictures(tmp_path / "pictures"), iter_max=2)
+    folder = tmp_path / "run"
+    run(check_config(raw, "x"), folder)
+    set_up()  # the log is closed
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for resume, end in (("never", 2), ("auto", 4)):
+        wrong = changed({**raw, "iter_max": end}, path, value)
+        with pytest.raises(UserError, match=message):
+            run(check_config(wrong, "x"), folder, resume=resume)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_whole_images_of_different_sizes_need_inp_size(tmp_path: Path) -> None:

@@ -100,13 +100,17 @@ def _start_of(path: Path) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; to a device or a pipe, as such things are written to."""
+    """Write a UTF-8 text file atomically; to a device or a pipe, as such things are written to.
+
+    What names of files hold that is no UTF-8 is escaped.
+    """
+    content = text.encode("utf-8", errors="backslashreplace")
     if is_device(Path(path)):
-        with Path(path).open("w", encoding="utf-8") as file:
-            file.write(text)
+        with Path(path).open("wb") as file:
+            file.write(content)
         return
     with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def remove_leftovers(path: str | Path) -> None:

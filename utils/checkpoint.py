@@ -9,6 +9,7 @@ import errno
 import io
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from utils.errors import UserError
 LAST_NAME = "iter_last.pth"
 BEST_NAME = "best.pth"
 RELEASE_NAME = "release.pth"
-# Buffers that published checkpoints lack: they come from the config or the backbone's default.
-_OPTIONAL = ("norm.mean", "norm.std")
+# Mean and std, which published checkpoints lack: the config gives them, or the backbone does.
+NORM_KEYS = ("norm.mean", "norm.std")
 
 
 def find_weights(save_dir: Path) -> Path:
@@ -61,6 +62,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
     try:
+        _check_sums(path)
         with warnings.catch_warnings():
             # Said of files that are refused anyway; the error that follows is the one to read.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
@@ -85,6 +87,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} is damaged or not a checkpoint ({_first_line(error)})"
         ) from error
     return _as_checkpoint(content, path)
+
+
+def _check_sums(path: Path) -> None:
+    """The check sums of an archive's parts, which `torch.load` does not look at.
+
+    Raises:
+        zipfile.BadZipFile: one does not fit, or the archive has no end; other damage has others.
+    """
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise zipfile.BadZipFile("its end is missing")
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the check sum of {damaged} does not fit")
 
 
 def build_model(
@@ -125,7 +144,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     """
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = model.state_dict()
-    missing = [key for key in own if key not in state and key not in _OPTIONAL]
+    missing = [key for key in own if key not in state and key not in NORM_KEYS]
     unexpected = [key for key in state if key not in own]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
@@ -190,7 +209,7 @@ def check_same_norm(model: nn.Module, state: Mapping[str, Tensor], source: str |
     """
     own = model.state_dict()
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    for key in _OPTIONAL:
+    for key in NORM_KEYS:
         theirs = state.get(key)
         if theirs is not None and key in own and not same_norm(theirs, own[key].cpu()):
             name = key.rpartition(".")[2]
@@ -235,13 +254,16 @@ def _as_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     if isinstance(content, dict):
         model = content.get("model")
         if isinstance(model, dict) and _is_state_dict(model.get("sd")):
-            if isinstance(model.get("name", ""), str) and isinstance(model.get("args", {}), dict):
+            is_spec = isinstance(model.get("name", ""), str)
+            is_spec &= isinstance(model.get("args", {}), dict)
+            ema = content.get("ema", model)
+            if is_spec and isinstance(ema, dict) and _is_state_dict(ema.get("sd")):
                 return content
         elif _is_state_dict(content):
             return {"model": {"sd": content}}
     raise UserError(
         f"checkpoint {path} is not one of this format: it has no `model` with `name`, `args` and "
-        f"`sd`, and is no state dict"
+        f"`sd` (and `ema` with `sd`), and is no state dict of plain tensors"
     )
 
 
@@ -249,8 +271,14 @@ def _is_state_dict(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and bool(value)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+        and all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that holds real numbers, one for each element."""
+    is_tensor = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_tensor and not value.is_meta and not value.is_complex() and not value.is_quantized
 
 
 def _full_args(spec: Mapping[str, Any]) -> dict[str, Any]:

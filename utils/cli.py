@@ -1,6 +1,7 @@
 """What all command lines share: the words, and how errors end them."""
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -75,6 +76,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     A ValueError or OSError is the user's to put right (a bad value, a missing or unwritable file);
     anything else is a defect and keeps its traceback. PCSR_TRACEBACK=1 shows them all.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files that a terminal's or a pipe's encoding has no characters for are escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except (UserError, ValueError, OSError) as error:

@@ -48,6 +48,6 @@ def set_up(*, main: bool = True) -> None:
 def add_file(path: Path) -> None:
     """From now on, append log records to `path`, too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _FileHandler(path, encoding="utf-8")
+    handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)

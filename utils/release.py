@@ -3,9 +3,10 @@
 ``python -m utils.release save/carn-x4``
 """
 
+import shutil
 from pathlib import Path
 
-from utils.atomic import write_text
+from utils.atomic import replace_file
 from utils.checkpoint import (
     LAST_NAME,
     RELEASE_NAME,
@@ -33,12 +34,14 @@ def release(folder: Path) -> Path:
     last = load_checkpoint(folder / LAST_NAME)
     if "name" not in last["model"] or "iter" not in last:
         raise UserError(f"checkpoint {folder / LAST_NAME} is not that of a training run")
+    # The weights last: where they are, the evidence is.
+    for name in EVIDENCE:
+        if (folder / name).is_file():
+            with replace_file(folder / f"release.{name}") as temporary:
+                shutil.copyfile(folder / name, temporary)
     path = folder / RELEASE_NAME
     model = {**last["model"], "sd": weights_for_inference(last)}
     save_checkpoint(path, {"model": model, "iter": last["iter"]})
-    for name in EVIDENCE:
-        if (folder / name).is_file():
-            write_text(folder / f"release.{name}", (folder / name).read_text(encoding="utf-8"))
     return path
 
 

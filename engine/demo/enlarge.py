@@ -5,12 +5,15 @@ Axes: h w LR, H W output.
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from datasets.resize import imresize
 from engine.evaluation import Restore
 from engine.restore import Restored
+from utils.errors import UserError
+from utils.image_decoding import MAX_PIXELS
 from utils.machine import Timer
 
 MODEL_SCALE = 4.0
@@ -45,7 +48,10 @@ class Enlarger:
             return restored
         assert restored.classes is not None
         with Timer(lr.device) as timer:
-            sr = imresize(restored.sr.clamp(0, 1), size=size)
+            # Channel by channel: what a resize needs beside its result is as large as that.
+            sr = torch.cat(
+                [imresize(plane, size=size) for plane in restored.sr.clamp_(0, 1).split(1)]
+            )
         classes = F.interpolate(restored.classes[None, None].float(), size, mode="nearest-exact")
         return replace(
             restored,
@@ -55,8 +61,17 @@ class Enlarger:
         )
 
     def computed_size(self, lr_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-        """The size (H, W) that the network itself computes for an output of `size`."""
+        """The size (H, W) that the network itself computes for an output of `size`.
+
+        Raises:
+            UserError: more pixels than any picture may have.
+        """
         if self.model_scale is None:
             return size
         height, width = (max(1, round(length * self.model_scale)) for length in lr_size)
+        if height * width > MAX_PIXELS:
+            raise UserError(
+                f"the network would compute {width}x{height} pixels, x{self.model_scale:g}, more "
+                f"than {MAX_PIXELS} in all: cut the picture into parts"
+            )
         return height, width

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from models.elementwise import affine_into, relu_
+from models.elementwise import affine_into
 from models.streams import (
     ChainRows,
     ConvRows,
@@ -120,10 +120,10 @@ class _ResidualRows:
         rows = self._first.convolve()
         if rows.shape[1] == 0 and not last:
             return rows
-        rows = relu_(self._second.push(rows, last))
+        rows = self._second.push(rows, last).relu_()
         if rows.shape[1] == 0:
             return rows
-        return relu_(self._waiting.add_to(_products([rows], self._weight, self._bias)))
+        return self._waiting.add_to(_products([rows], self._weight, self._bias)).relu_()
 
 
 class _CascadeRows:
@@ -163,7 +163,7 @@ class _CascadeRows:
             parts = [*(queue.take(ready) for queue in waiting), [out]]
             fused = fuse(parts)
         assert fused is not None
-        return relu_(fused)
+        return fused.relu_()
 
 
 def _products(pieces: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:

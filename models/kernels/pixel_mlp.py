@@ -310,7 +310,7 @@ def _other_layers(
 def _relu(y, dtype: tl.constexpr):
     x = ()
     for n in tl.static_range(len(y)):
-        x = x + (tl.maximum(y[n], 0.0).to(dtype),)
+        x = x + (tl.maximum(y[n], 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype),)
     return x
 
 
