@@ -45,7 +45,8 @@ _LOSSES = """## Pixel losses: {config}
 with a cosine to the end. PSNR (dB, RGB){where}.
 
 L1 aims at the median of what HR can be, L2 at its mean, which is what PSNR rewards. L2's gradient
-is led by the few pixels with large errors.
+is led by the few pixels with large errors. PSNR stands for minus the mean of
+the images' PSNR: the errors of an image count relative to all of its own.
 """
 # Parts that are kept for each config begin so.
 _OPTIMIZERS_KEY = "optimizers/"
