@@ -37,6 +37,7 @@ class Enlarger:
         self.restore = restore
         self.model_scale = model_scale
 
+    @torch.inference_mode()
     def __call__(self, lr: Tensor, size: tuple[int, int]) -> Restored:
         """`lr` (3, h, w) float RGB in [0, 1] on the model's device to SR of `size` (H, W).
 
