@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.images import decode_picture, read_bytes, read_rgb, to_8_bit
-from utils.lock import owned, remove_ownerless
+from utils.lock import one_after_the_other
 from utils.registry import nearest
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _MANIFEST_KEY = b"\0manifest"
 _PAGE_BYTES = 4096
 _IMAGES_PER_COMMIT = 64
 # Of the name of a folder in that of its LMDB.
-_NAME_CHARACTERS = 40
+_NAME_BYTES = 180
 
 
 class ImageStore(Protocol):
@@ -155,14 +155,14 @@ class LmdbStore:
         folder = Path(cache_dir).expanduser() if cache_dir else _default_cache_dir()
         images = self.paths[0].parent
         digest = hashlib.sha256(os.fsencode(images)).hexdigest()[:16]
-        # LMDB takes UTF-8 alone.
-        name = images.name.encode(errors="replace").decode()[:_NAME_CHARACTERS]
+        # LMDB takes names in UTF-8 alone.
+        name = images.name.encode(errors="replace")[:_NAME_BYTES].decode(errors="ignore")
         self.database = folder / f"{name}-{digest}.lmdb"
         manifest = {
             key.hex(): _state(path) for key, path in zip(self.keys, self.paths, strict=True)
         }
         if not self._holds(manifest):
-            _build(self.database, self.paths, self.keys, manifest)
+            self._make(manifest)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -173,6 +173,16 @@ class LmdbStore:
             # A file that could not be read when the LMDB was made says once more why.
             content = read_bytes(self.paths[index]) if data is None else bytes(data)
             return to_8_bit(decode_picture(content, self.paths[index]).rgb)
+
+    def _make(self, manifest: dict[str, list[int]]) -> None:
+        """Build the LMDB, unless another process does: it would be built once by each."""
+        self.database.parent.mkdir(parents=True, exist_ok=True)
+        with one_after_the_other(self.database.with_name(f".{self.database.stem}.lock")) as alone:
+            if alone:
+                for left in self.database.parent.glob(_temporary(self.database, "*", glob.escape)):
+                    left.unlink(missing_ok=True)  # by a process that was killed
+            if not self._holds(manifest):
+                _build(self.database, self.paths, self.keys, manifest)
 
     def _holds(self, manifest: dict[str, list[int]]) -> bool:
         if not self.database.is_file():
@@ -216,39 +226,45 @@ def _state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
+def _temporary(database: Path, unique: str, escape: Callable[[str], str] = str) -> str:
+    """The name of a file beside `database` that is to become it; with its name escaped."""
+    return f".{escape(database.stem)}.{unique}.tmp"
+
+
 def _build(
     database: Path, paths: Sequence[Path], keys: Sequence[bytes], manifest: dict[str, list[int]]
 ) -> None:
     """Write the LMDB under a temporary name and rename it, so that no process sees half of it."""
     lmdb = _import_lmdb()
-    database.parent.mkdir(parents=True, exist_ok=True)
     pages = sum(state[0] // _PAGE_BYTES + 3 for state in manifest.values())
     map_size = pages * _PAGE_BYTES + 16 * 2**20 + 256 * len(paths)
-    remove_ownerless(database.parent.glob(f".{glob.escape(database.stem)}.*.tmp"))
-    temporary = database.with_name(f".{database.stem}.{uuid.uuid4().hex}.tmp")
+    temporary = database.with_name(_temporary(database, uuid.uuid4().hex))
     try:
-        with (
-            owned(temporary),
-            lmdb.open(str(temporary), map_size=map_size, subdir=False, lock=False) as environment,
-        ):
-            entries = list(zip(keys, paths, strict=True))
-            progress = tqdm(total=len(entries), desc="building LMDB", leave=False, disable=None)
-            for first in range(0, len(entries), _IMAGES_PER_COMMIT):
-                chunk = entries[first : first + _IMAGES_PER_COMMIT]
-                with environment.begin(write=True) as transaction:
-                    for key, path in chunk:
-                        with contextlib.suppress(UserError):
-                            transaction.put(key, read_bytes(path))
-                progress.update(len(chunk))
-            progress.close()
-            with environment.begin(write=True) as transaction:
-                transaction.put(_MANIFEST_KEY, json.dumps(manifest).encode())
+        with lmdb.open(str(temporary), map_size=map_size, subdir=False, lock=False) as environment:
+            _fill(environment, paths, keys, manifest)
         temporary.replace(database)
     except lmdb.Error as error:
         raise UserError(f"the LMDB {database} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     _log.info("%d files stored in %s", len(paths), database)
+
+
+def _fill(
+    environment: Any, paths: Sequence[Path], keys: Sequence[bytes], manifest: dict[str, list[int]]
+) -> None:
+    entries = list(zip(keys, paths, strict=True))
+    progress = tqdm(total=len(entries), desc="building LMDB", leave=False, disable=None)
+    for first in range(0, len(entries), _IMAGES_PER_COMMIT):
+        chunk = entries[first : first + _IMAGES_PER_COMMIT]
+        with environment.begin(write=True) as transaction:
+            for key, path in chunk:
+                with contextlib.suppress(UserError):
+                    transaction.put(key, read_bytes(path))
+        progress.update(len(chunk))
+    progress.close()
+    with environment.begin(write=True) as transaction:
+        transaction.put(_MANIFEST_KEY, json.dumps(manifest).encode())
 
 
 def _environment(database: Path) -> Any:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models
 from models.backbones.base import SRNetwork
@@ -44,19 +44,20 @@ def load_model(path: Path, device: torch.device, config: Config | None = None) -
     """
     checkpoint = load_checkpoint(path)
     data_norm = None
+    asked: dict[str, Tensor] = {}
     if config is not None:
         # Built to be checked: the checkpoint's spec would hide a misspelt argument.
-        models.make(config.model, data_norm=config.data_norm)
+        asked = models.make(config.model, data_norm=config.data_norm).state_dict()
         check_same_model(config.model, checkpoint["model"], path)
         data_norm = config.data_norm
         if "name" not in checkpoint["model"]:
             checkpoint["model"] = {**config.model, "sd": checkpoint["model"]["sd"]}
     model = build_model(checkpoint, path, data_norm)
-    if config is not None and data_norm is not None:
-        asked = models.make(config.model, data_norm=data_norm).state_dict()
+    if data_norm is not None:
         held = model.state_dict()
-        if not all(same_norm(asked[key], held[key]) for key in NORM_KEYS):
-            _log.warning("`data_norm` changes nothing: %s holds that of its network", path)
+        both = [key for key in NORM_KEYS if key in asked and key in held]
+        if not all(same_norm(asked[key], held[key]) for key in both):
+            _log.warning("the config's `data_norm` is not used: %s holds mean and std", path)
     return model.to(device)
 
 

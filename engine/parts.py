@@ -124,8 +124,8 @@ def _files_of(folders: Sequence[Path], output: Path) -> dict[str, Path]:
             if any(part.startswith(".") for part in relative.parts):
                 continue
             if path.is_symlink() and not path.is_file():
-                what = "a folder: pack that, too" if path.is_dir() else "nothing"
-                raise UserError(f"{path} is a link to {what}, or remove it")
+                what = "a folder, which is to be packed itself" if path.is_dir() else "nothing"
+                raise UserError(f"{path} is a link to {what}: remove the link")
             if path.is_file():
                 files[f"{name}/{relative.as_posix()}"] = path
     if not files:

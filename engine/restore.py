@@ -17,7 +17,7 @@ from models.backbones.base import SRNetwork
 from models.cost import ImageCost
 from models.grid import PixelGrid
 from models.inference import SRResult, super_resolve
-from models.large import flops_in_strips, in_strips
+from models.large import LargeOriginal
 from models.patches import (
     PATCH_BATCH_SIZE,
     PatchCanvas,
@@ -83,6 +83,7 @@ class OriginalRestorer:
         self.model = model
         self.patches = patches
         self.checked = checked
+        self._whole = LargeOriginal(model)
 
     @property
     def scale(self) -> int:
@@ -104,9 +105,11 @@ class OriginalRestorer:
             raise UserError(
                 f"LR of {w}x{h} by a network of x{self.scale} does not become {size[1]}x{size[0]}"
             )
+        if self.patches is None:
+            self._whole.prepare((h, w))  # not on the clock
         with Timer(lr.device) as timer:
             if self.patches is None:
-                sr = in_strips(self.model, lr[None])
+                sr = self._whole(lr[None])
             else:
                 sr = self._patched(lr[None], self.patches)
         if self.checked:
@@ -128,7 +131,7 @@ class OriginalRestorer:
         """FLOPs in the paper convention and executed ones of an image of (h, w)."""
         if self.patches is None:
             paper = paper_flops(self.model, (1, 3, *lr_size))
-            return paper, flops_in_strips(self.model, lr_size)
+            return paper, self._whole.flops(lr_size)
         corners, patch_size = patch_corners(lr_size, self.patches.size, self.patches.step)
         paper, executed = (
             f(self.model, (1, 3, *patch_size)) * len(corners) for f in (paper_flops, executed_flops)

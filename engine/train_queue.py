@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
@@ -49,9 +50,11 @@ def _train_command(args: argparse.Namespace) -> int:
     end_s = time.monotonic() + 60 * args.minutes
     with StopSignal() as stop:
         states = train_all(jobs, end_s, words, args.margin, stop)
-    print()
-    for job in jobs:
-        print(job.describe(states[job.config.name]))
+    # Where its terminal was closed, there is nowhere to say it.
+    with contextlib.suppress(OSError) if stop.number else contextlib.nullcontext():
+        print()
+        for job in jobs:
+            print(job.describe(states[job.config.name]))
     if any(state.startswith(FAILED) for state in states.values()):
         return EXIT_USER_ERROR
     return 128 + stop.number if stop.number else 0

@@ -1,7 +1,6 @@
 """The training loop that originals and both PCSR phases share."""
 
 import contextlib
-import itertools
 import logging
 import sys
 import time
@@ -206,9 +205,13 @@ class Trainer:
         if self.start.iteration >= self.config.iter_max:
             return
         batch, problem = self._read_batch()
-        if max_over_ranks([int(problem is not None)])[0]:
+        skipped = self.samples.skipped
+        failed, has_skipped = max_over_ranks([int(problem is not None), int(skipped.has_news())])
+        if failed:
+            if has_skipped:
+                skipped.report()
             fail_together(problem)
-        self.batches = itertools.chain([batch], self.batches)
+        self.batches = _with_first([batch], self.batches)
 
     # The loop
 
@@ -439,6 +442,12 @@ class Trainer:
             validated_on=self.validated_on,
             means=(resumed or {}).get("means"),
         )
+
+
+def _with_first(first: list[Batch], others: Iterator[Batch]) -> Iterator[Batch]:
+    """The batch in `first`, which is not kept, and the others."""
+    yield first.pop()
+    yield from others
 
 
 def _is_due(done: int, every: int, end: int) -> bool:

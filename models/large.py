@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.base import SRNetwork
+from models.streams import Encoder
 from models.strips import lr_strips
 from utils.flops import executed_flops
 
@@ -19,47 +20,86 @@ WHOLE_PX = 2**17
 _TAIL_RADIUS_PX = 4
 
 
-def in_strips(network: SRNetwork, lr: Tensor, whole_px: int = WHOLE_PX) -> Tensor:
-    """``network(lr)``, up to rounding.
+class LargeOriginal:
+    """What an original network makes of images of any size, up to rounding.
 
     Features are computed as a stream of rows, each once (RCAN's, whose attention looks at the whole
-    image, all at once), the tail in strips that overlap by a few rows.
+    image, all at once), what follows them in strips that overlap by a few rows.
 
     Args:
-        network: an original one, in eval mode.
-        lr: (B, 3, h, w) float RGB in [0, 1] on its device.
+        network: in eval mode, on its device. Its weights are those of the first large image.
         whole_px: LR pixels that are worked on at once.
-
-    Returns:
-        (B, 3, scale h, scale w), not clamped.
     """
-    h, w = lr.shape[-2:]
-    if h * w <= whole_px:
-        return network(lr)
-    scale = network.scale
-    x = network.norm.normalise(lr)
-    feat = torch.cat(list(_feature_rows(network, x, whole_px)), dim=2)
-    sr = lr.new_empty(len(lr), 3, scale * h, scale * w)
-    for rows, used in _tail_strips(h, w, whole_px):
-        out = network.reconstruct(feat[:, :, used], x[:, :, used])
-        own = slice(scale * (rows.start - used.start), scale * (rows.stop - used.start))
-        sr[:, :, scale * rows.start : scale * rows.stop] = network.norm.denormalise(out[:, :, own])
-    return sr
 
+    def __init__(self, network: SRNetwork, whole_px: int = WHOLE_PX) -> None:
+        self.network = network
+        self.whole_px = whole_px
+        self._encoder: Encoder | None = None
+        self._flops: dict[tuple[int, int], int] = {}
 
-def flops_in_strips(network: SRNetwork, lr_size: tuple[int, int], whole_px: int = WHOLE_PX) -> int:
-    """FLOPs that :func:`in_strips` executes for one image of (h, w), see `utils.flops`."""
-    h, w = lr_size
-    whole = executed_flops(network, (1, 3, h, w))
-    if h * w <= whole_px:
-        return whole
-    tail = _Tail(network)
+    @torch.inference_mode()
+    def prepare(self, lr_size: tuple[int, int]) -> None:
+        """Do what is done once, before an image of (h, w)."""
+        streams = self.network.graph() is not None
+        if self._encoder is None and streams and not self._is_small(lr_size):
+            self._encoder = self.network.fused(self.network.input_dtype)
 
-    def of_tail(rows: int) -> int:
-        return executed_flops(tail, (1, network.out_dim, rows, w), (1, 3, rows, w))
+    def __call__(self, lr: Tensor) -> Tensor:
+        """(B, 3, h, w) float RGB in [0, 1] to (B, 3, scale h, scale w), not clamped."""
+        h, w = lr.shape[-2:]
+        if self._is_small((h, w)):
+            return self.network(lr)
+        self.prepare((h, w))
+        scale, norm = self.network.scale, self.network.norm
+        x = norm.normalise(lr)
+        feat = self._features(x)
+        sr = lr.new_empty(len(lr), 3, scale * h, scale * w)
+        for rows, used in self._tail_strips(h, w):
+            out = self.network.reconstruct(feat[:, :, used], x[:, :, used])
+            own = slice(scale * (rows.start - used.start), scale * (rows.stop - used.start))
+            sr[:, :, scale * rows.start : scale * rows.stop] = norm.denormalise(out[:, :, own])
+        return sr
 
-    strips = [used.stop - used.start for _, used in _tail_strips(h, w, whole_px)]
-    return whole - of_tail(h) + sum(strips.count(rows) * of_tail(rows) for rows in set(strips))
+    def flops(self, lr_size: tuple[int, int]) -> int:
+        """FLOPs that are executed for one image of (h, w), overlaps included: see `utils.flops`."""
+        if lr_size not in self._flops:
+            h, w = lr_size
+            flops = executed_flops(self.network, (1, 3, h, w))
+            if not self._is_small(lr_size):
+                row = executed_flops(
+                    _Tail(self.network), (1, self.network.out_dim, 1, w), (1, 3, 1, w)
+                )
+                used_rows = sum(used.stop - used.start for _, used in self._tail_strips(h, w))
+                flops += (used_rows - h) * row
+            self._flops[lr_size] = flops
+        return self._flops[lr_size]
+
+    def _is_small(self, lr_size: tuple[int, int]) -> bool:
+        return lr_size[0] * lr_size[1] <= self.whole_px
+
+    def _features(self, x: Tensor) -> Tensor:
+        """The features (B, C, h, w) of normalised LR."""
+        stream = None if self._encoder is None else self._encoder.stream()
+        if stream is None:
+            return self.network.features(x)
+        h, w = x.shape[-2:]
+        # Into one tensor: the runs beside their concatenation would take twice the memory.
+        feat_BhwC = x.new_empty(len(x), h, w, self.network.out_dim)
+        done = 0
+        for rows in lr_strips(h, w, self.whole_px):
+            part = x[:, :, rows].permute(0, 2, 3, 1).contiguous()
+            out = stream.push(part, last=rows.stop == h)
+            count = out.shape[1]
+            if count:
+                feat_BhwC[:, done : done + count] = out
+            done += count
+        return feat_BhwC.permute(0, 3, 1, 2)
+
+    def _tail_strips(self, h: int, w: int) -> Iterator[tuple[slice, slice]]:
+        """Strips of LR rows, and of those that their output depends on."""
+        for rows in lr_strips(h, w, self.whole_px):
+            first, last = rows.start - _TAIL_RADIUS_PX, rows.stop + _TAIL_RADIUS_PX
+            yield rows, slice(max(0, first), min(h, last))
 
 
 class _Tail(nn.Module):
@@ -71,23 +111,3 @@ class _Tail(nn.Module):
 
     def forward(self, feat_BChw: Tensor, x_B3hw: Tensor) -> Tensor:
         return self.network.reconstruct(feat_BChw, x_B3hw)
-
-
-def _feature_rows(network: SRNetwork, x: Tensor, whole_px: int) -> Iterator[Tensor]:
-    """The features (B, C, r, w) of normalised LR, run by run."""
-    stream = network.fused(network.input_dtype).stream()
-    if stream is None:
-        yield network.features(x)
-        return
-    h, w = x.shape[-2:]
-    for rows in lr_strips(h, w, whole_px):
-        part = x[:, :, rows].permute(0, 2, 3, 1).contiguous()
-        out = stream.push(part, last=rows.stop == h)
-        if out.shape[1]:
-            yield out.permute(0, 3, 1, 2)
-
-
-def _tail_strips(h: int, w: int, whole_px: int) -> Iterator[tuple[slice, slice]]:
-    """Strips of LR rows, and of those that their output depends on."""
-    for rows in lr_strips(h, w, whole_px):
-        yield rows, slice(max(0, rows.start - _TAIL_RADIUS_PX), min(h, rows.stop + _TAIL_RADIUS_PX))

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 240
 
@@ -44,6 +46,15 @@ def start(job: str, folder: Path, size: int = 2) -> list[tuple[int, str]]:
         for process in processes:
             process.kill()
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def needs_name(path: Path) -> None:
+    """Skip the test where the file system takes no such name (macOS: only UTF-8)."""
+    try:
+        path.touch()
+        path.unlink()
+    except OSError:
+        pytest.skip(f"the file system takes no name such as {path.name!a}")
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:

@@ -179,6 +179,13 @@ def test_other_contents_are_refused(tmp_path: Path, value: Any) -> None:
         load_checkpoint(path)
 
 
+def test_an_old_kind_of_file_is_no_archive_whatever_it_holds(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    checkpoint["note"] = "PK\x05\x06" + " " * 18
+    torch.save(checkpoint, saved, _use_new_zipfile_serialization=False)
+    assert load_checkpoint(saved)["note"] == checkpoint["note"]
+
+
 def test_a_single_wrong_bit_is_noticed(saved: Path) -> None:
     data = bytearray(saved.read_bytes())
     with zipfile.ZipFile(saved) as archive:

@@ -1,6 +1,7 @@
 """Image folders, pairs, caches and the samples made of them."""
 
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -19,12 +20,11 @@ from datasets.pairing import align_pair, pair_by_name
 from datasets.resize import imresize, imresize_uint8
 from datasets.sampling import SampleKey
 from engine.data import TrainBatches, validation_sets
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, needs_name
 from utils.config import DataConfig
 from utils.distributed import World
 from utils.errors import UserError
 from utils.images import Picture, read_rgb, to_tensor, write_picture
-from utils.lock import owned
 
 
 def write_images(folder: Path, sizes: dict[str, tuple[int, int]], seed: int = 0) -> Path:
@@ -124,24 +124,42 @@ def test_what_a_killed_process_left_of_an_lmdb_goes(tmp_path: Path) -> None:
     )
     words = [sys.executable, "-c", build, str(folder), str(cache)]
     assert subprocess.run(words, cwd=REPOSITORY).returncode == -signal.SIGKILL
-    (left,) = cache.iterdir()
+    assert len(list(cache.iterdir())) == 2, "a part of the LMDB, and the lock"
     (cache / ".other.tmp").touch()
-    used = left.with_name(left.name.replace(".tmp", "0.tmp"))
-    with owned(used):
-        folder_of(folder, cache="lmdb", cache_dir=str(cache)).load()
+    folder_of(folder, cache="lmdb", cache_dir=str(cache)).load()
     (database,) = cache.glob("*.lmdb")
-    assert set(cache.iterdir()) == {database, used, cache / ".other.tmp"}
+    assert set(cache.iterdir()) == {database, cache / ".other.tmp"}
 
 
 @pytest.mark.parametrize("name", ["a" * 250, "\N{CJK UNIFIED IDEOGRAPH-56FE}" * 80, "\udcff\udcfe"])
 def test_an_lmdb_of_a_folder_of_any_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    needs_name(tmp_path / name)
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = write_images(tmp_path / name, {"a.png": (8, 9)})
     stored = folder_of(folder, cache="lmdb", cache_dir="~/cache")
     np.testing.assert_array_equal(stored[0], folder_of(folder)[0])
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_processes_that_build_the_same_lmdb_at_once(tmp_path: Path) -> None:
+    folders = [write_images(tmp_path / str(i), {"a.png": (8, 9)}, seed=i) for i in range(60)]
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(8, timeout=20)
+
+    def build() -> None:
+        for folder in folders:
+            barrier.wait()
+            folder_of(folder, cache="lmdb", cache_dir=str(tmp_path / "cache")).load()
+
+    processes = [context.Process(target=build) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert len(list((tmp_path / "cache").iterdir())) == len(folders)
 
 
 def test_lmdb_without_the_package_says_what_to_do(

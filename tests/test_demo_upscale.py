@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from engine.demo.enlarge import Enlarger
 from engine.picture_files import result_stems
 from tests.demo_models import Demo
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, needs_name
 from utils.errors import UserError
 from utils.images import Picture, read_picture, read_rgb, write_picture
 from utils.transparency import fill_transparent
@@ -210,6 +210,7 @@ def test_names_that_cannot_be_shown_are_escaped(
     words: list[str], tmp_path: Path, demo_weights: dict[str, Path], photo: np.ndarray
 ) -> None:
     """Of a terminal without such characters, and of no encoding at all."""
+    needs_name(tmp_path / os.fsdecode(b"caf\xe9.png"))
     for name in (b"\xe6\x97\xa5.png", b"caf\xe9.png"):
         write_picture(tmp_path / "in" / "new.png", Picture(photo[:48, :48]))
         (tmp_path / "in" / "new.png").rename(tmp_path / "in" / os.fsdecode(name))

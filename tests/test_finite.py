@@ -7,12 +7,13 @@ import torch
 
 import models
 from engine.finite import check_finite, is_finite
-from engine.loading import load_pcsr
+from engine.loading import load_original, load_pcsr
 from engine.restore import OriginalRestorer, PcsrRestorer
 from models.backbones.base import SRNetwork
 from models.packed import PackedSampler
 from models.pcsr import PCSR
 from tests.test_fast import make_model, mlp
+from utils.config import check_config
 from utils.errors import UserError
 
 SIZE = (24, 32)
@@ -69,6 +70,17 @@ def test_nan_of_either_sign_passes_through_an_mlp(sign: float, dtype: torch.dtyp
     x = torch.zeros(40, packed.feature_CD.shape[1])
     x[7] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
     assert packed.finish(x).isnan().any(0).nonzero().flatten().tolist() == [7]
+
+
+def test_a_config_without_a_norm_of_its_own_is_named(tmp_path: Path) -> None:
+    """A backbone has none, and is not what is asked for."""
+    spec = {"name": "fsrcnn", "args": {"d": 8, "s": 4, "m": 1, "no_upsampling": True}}
+    path = tmp_path / "a.pth"
+    torch.save({"model": {**spec, "sd": models.make(spec).state_dict()}}, path)
+    norm = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    config = check_config({"model": spec, "data_norm": norm}, "fsrcnn")
+    with pytest.raises(UserError, match="is not an original super-resolution network"):
+        load_original(path, torch.device("cpu"), config)
 
 
 def test_what_is_no_number_in_fp32_is_refused(lr: torch.Tensor) -> None:

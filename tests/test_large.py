@@ -8,7 +8,7 @@ import torch
 
 import models
 from models.backbones.base import SRNetwork
-from models.large import flops_in_strips, in_strips
+from models.large import LargeOriginal
 from utils.flops import executed_flops
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -39,19 +39,19 @@ def test_strips_make_the_whole_image(name: str, scale: int) -> None:
     whole = network(lr)
     scale_of_values = whole.abs().max()
     for rows in (1, 6, 20):
-        sr = in_strips(network, lr, whole_px=rows * LR_SIZE[1])
+        sr = LargeOriginal(network, whole_px=rows * LR_SIZE[1])(lr)
         torch.testing.assert_close(sr / scale_of_values, whole / scale_of_values)
-    assert torch.equal(in_strips(network, lr), whole)
+    assert torch.equal(LargeOriginal(network)(lr), whole)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_overlaps_is_counted(name: str) -> None:
     network = make(name, 4)
     whole = executed_flops(network, (1, 3, *LR_SIZE))
-    assert flops_in_strips(network, LR_SIZE) == whole
+    assert LargeOriginal(network).flops(LR_SIZE) == whole
     features = copy.deepcopy(network)
     features.no_upsampling = True
     tail = whole - executed_flops(features, (1, 3, *LR_SIZE))
     # Three strips, each of 4 rows more on the sides where there are others.
-    found = flops_in_strips(network, LR_SIZE, whole_px=20 * LR_SIZE[1])
+    found = LargeOriginal(network, whole_px=20 * LR_SIZE[1]).flops(LR_SIZE)
     assert found - whole == pytest.approx(tail * 16 / LR_SIZE[0], rel=1e-9)

@@ -87,10 +87,13 @@ def test_links_are_packed_or_named(pictures, tmp_path) -> None:
     pack([pictures], tmp_path / "parts", 1.0)
     unpack(tmp_path / "parts", tmp_path / "out")
     assert contents(tmp_path / "out" / "photos") == contents(pictures)
-    for target, what in (("nowhere", "nothing"), ("photos/more", "a folder: pack that, too")):
+    for target, what in (
+        ("nowhere", "nothing"),
+        ("photos/more", "a folder, which is to be packed itself"),
+    ):
         link = pictures / "link"
         link.symlink_to(tmp_path / target)
-        with pytest.raises(UserError, match=f"{link} is a link to {what}, or remove it"):
+        with pytest.raises(UserError, match=f"{link} is a link to {what}: remove the link"):
             pack([pictures], tmp_path / "others", 1.0)
         link.unlink()
 

@@ -76,7 +76,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     A ValueError or OSError is the user's to put right (a bad value, a missing or unwritable file);
     anything else is a defect and keeps its traceback. PCSR_TRACEBACK=1 shows them all.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # Names of files that a terminal's or a pipe's encoding has no characters for are escaped.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -1,9 +1,9 @@
-"""One process at a time in a folder; files that go with the process that was writing them."""
+"""One process at a time: in a folder, or with a file."""
 
 import contextlib
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -43,28 +43,34 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def owned(path: Path) -> Iterator[None]:
-    """Make the file `path`, which must not be there, and keep `remove_ownerless` off while entered.
+def one_after_the_other(path: Path) -> Iterator[bool]:
+    """Wait until no other process is in here with the same `path`, a file that is made for that.
+
+    A process that dies lets go of it. Yields False, without waiting, where there are no locks.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be made.
     """
-    with path.open("xb") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def remove_ownerless(paths: Iterable[Path]) -> None:
-    """Remove those files that `owned` made and whose process has died in it.
-
-    Where there are no locks, nothing is removed.
-    """
-    for path in paths if fcntl is not None else ():
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+    file: IO[str] | None = None
+    while fcntl is not None:
+        file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            _remove(path, file)
+            file = None
+            break
+        except BaseException:
+            file.close()
+            raise
+        if _is_of(path, file):
+            break
+        file.close()  # the process before removed it since it was opened
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            _remove(path, file)
 
 
 def _lock(folder: Path) -> IO[str] | None:
