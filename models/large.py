@@ -16,8 +16,6 @@ from utils.flops import executed_flops
 # LR pixels whose output is made at once; an image of no more is run as it is. At x4 a tail of 64
 # channels takes about 1 GB for them.
 WHOLE_PX = 2**17
-# No output pixel depends on LR features farther away than this.
-_TAIL_RADIUS_PX = 4
 
 
 class LargeOriginal:
@@ -40,8 +38,10 @@ class LargeOriginal:
     @torch.inference_mode()
     def prepare(self, lr_size: tuple[int, int]) -> None:
         """Do what is done once, before an image of (h, w)."""
-        streams = self.network.graph() is not None
-        if self._encoder is None and streams and not self._is_small(lr_size):
+        if self._encoder is not None or self._is_small(lr_size):
+            return
+        # RCAN has neither, and a copy of it takes half a second.
+        if self.network.graph() is not None or self.network.stream() is not None:
             self._encoder = self.network.fused(self.network.input_dtype)
 
     def __call__(self, lr: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ class LargeOriginal:
     def _tail_strips(self, h: int, w: int) -> Iterator[tuple[slice, slice]]:
         """Strips of LR rows, and of those that their output depends on."""
         for rows in lr_strips(h, w, self.whole_px):
-            first, last = rows.start - _TAIL_RADIUS_PX, rows.stop + _TAIL_RADIUS_PX
-            yield rows, slice(max(0, first), min(h, last))
+            radius = self.network.tail_radius_px
+            yield rows, slice(max(0, rows.start - radius), min(h, rows.stop + radius))
 
 
 class _Tail(nn.Module):

@@ -33,10 +33,13 @@ class SRNetwork(nn.Module):
         out_dim: channels of the features.
         receptive_radius_px: how many LR pixels beyond its own position a feature depends on, so
             that tiles with this halo give exactly the whole image's features.
+        tail_radius_px: on how many LR pixels of features beyond its own an output pixel depends, or
+            more.
     """
 
     out_dim: int
     receptive_radius_px: int
+    tail_radius_px: int = 4
     default_mean: Sequence[float] = (0.0, 0.0, 0.0)
 
     def __init__(
