@@ -237,7 +237,7 @@ def _about(
     """What decides about the pairs' pixels."""
     digest = hashlib.sha256(str(network).encode())
     for name, values in (*network.named_parameters(), *network.named_buffers()):
-        digest.update(os.fsencode(name))
+        digest.update(name.encode())
         digest.update(values.detach().cpu().contiguous().numpy().tobytes())
     return {
         "network": digest.hexdigest(),

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import models
+from engine.announcement import announce
 from engine.checkpoints import Checkpoints
 from engine.compiled import compiled
 from engine.data import Batch, TrainBatches, to_device, validation_sets
@@ -390,37 +391,7 @@ class Trainer:
     def _open_folder(self) -> None:
         self.checkpoints.remove_leftovers()
         open_folder(self.options.save_dir, self.config, self.start)
-        total = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        logger.info(
-            "%s on %s x %d, %s, seed %d: %.2fK parameters, %.2fK trained, iterations %d to %d",
-            self.config.name,
-            self.world.device,
-            self.world.size,
-            self.config.precision,
-            self.start.seed,
-            total / 1e3,
-            trained / 1e3,
-            self.start.iteration,
-            self.config.iter_max,
-        )
-        late = [step for step in self.config.revive if step >= self.config.iter_max]
-        if late:
-            logger.warning("`revive`: %s not reached", ", ".join(map(str, late)))
-        if self.config.warmup > self.config.iter_max:
-            logger.warning(
-                "`warmup: %d` is longer than the run: the learning rate never gets as high as the "
-                "schedule's",
-                self.config.warmup,
-            )
-        for stage in self.pixel_loss.stages:
-            if stage.start >= self.config.iter_max:
-                logger.warning(
-                    "`%s: %d` is not reached: pixels are never compared by %s",
-                    stage.key,
-                    stage.start,
-                    stage.name,
-                )
+        announce(self.config, self.model, self.world, self.start, self.pixel_loss)
 
     def _progress(self) -> tqdm:
         return tqdm(

@@ -6,7 +6,7 @@ from torch import Tensor
 from models.backbones.base import SRNetwork
 from models.fuse import fused_copy
 from models.streams import RowStream
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 # torch's own names: importing them takes a second.
 _MISSING = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")
@@ -55,4 +55,4 @@ def missing_compiler(error: BaseException) -> str | None:
     name = type(cause).__name__
     if name not in _MISSING and not isinstance(cause, FileNotFoundError):
         return None
-    return (str(cause).strip().splitlines() or [name])[0]
+    return first_line(cause)

@@ -1,10 +1,14 @@
 """Several processes of one test, with torchrun's environment."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +50,16 @@ def start(job: str, folder: Path, size: int = 2) -> list[tuple[int, str]]:
         for process in processes:
             process.kill()
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+@contextlib.contextmanager
+def handling(number: int, action: Any) -> Iterator[None]:
+    """A signal is handled so while entered, by child processes, too, where they inherit that."""
+    before = signal.signal(number, action)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def needs_name(path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datasets.sampling import IterationBatchSampler
-from tests.processes import free_port, launch, lines, start
+from tests.processes import free_port, handling, launch, lines, start
 from tests.training import (
     KEYS,
     KINDS,
@@ -153,11 +153,8 @@ def test_a_closed_terminal_saves_and_ends_all_unless_under_nohup(
     action: signal.Handlers, code: int, tmp_path: Path
 ) -> None:
     make_pictures(tmp_path / "pictures")
-    before = signal.signal(signal.SIGHUP, action)  # inherited
-    try:
+    with handling(signal.SIGHUP, action):
         ended = launch("--nproc=2", WORKER, "closed_terminal", str(tmp_path))
-    finally:
-        signal.signal(signal.SIGHUP, before)
     assert ended.returncode == code, ended.stderr
     done = checkpoint_of(tmp_path / "run")["iter"]
     assert done == 6 if code == 0 else 3 <= done < 5000

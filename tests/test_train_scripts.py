@@ -17,10 +17,9 @@ import torch
 import yaml
 
 from engine.stop import StopSignal
+from tests.processes import REPOSITORY, handling
 from tests.training import checkpoint_of, differences, make_pictures, metrics_of, raw_config
 from utils.checkpoint import LAST_NAME
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -164,9 +163,8 @@ def test_a_full_disk_ends_the_run_with_one_line(
 @pytest.fixture
 def hang_up() -> Iterator[None]:
     """SIGHUP as in a terminal: what `nohup` runs ignores it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
+    with handling(signal.SIGHUP, signal.SIG_DFL):
+        yield
 
 
 @pytest.mark.usefixtures("hang_up")
@@ -224,9 +222,8 @@ def read_until(descriptor: int, words: bytes | None) -> bytes:
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Ctrl-C as in a terminal: what a shell runs in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with handling(signal.SIGINT, signal.default_int_handler):
+        yield
 
 
 @pytest.mark.usefixtures("interruptible")

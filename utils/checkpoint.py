@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import models
 from utils.atomic import replace_file
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 LAST_NAME = "iter_last.pth"
 BEST_NAME = "best.pth"
@@ -86,7 +86,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         # The restricted unpickler meets arbitrary bytes: IndexError, OSError, TypeError,
         # struct.error, RuntimeError and others all mean the same.
         raise UserError(
-            f"checkpoint {path} is damaged or not a checkpoint ({_first_line(error)})"
+            f"checkpoint {path} is damaged or not a checkpoint ({first_line(error)})"
         ) from error
     return _as_checkpoint(content, path)
 
@@ -312,7 +312,3 @@ def _first_difference(
             continue
         return key, ours[key], theirs[key]
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -19,3 +19,8 @@ class LostConnectionError(UserError):
     """
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """Of an exception's message, which may be long, the first line; else its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

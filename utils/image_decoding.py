@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ def _named_errors(name: str | Path) -> Iterator[None]:
         ) from error
     # Decoders raise OSError, SyntaxError, struct.error, zlib.error, OverflowError and more.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"image {name} is damaged or cut short: {reason}") from error
+        raise UserError(f"image {name} is damaged or cut short: {first_line(error)}") from error
 
 
 @functools.cache

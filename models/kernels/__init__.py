@@ -15,6 +15,7 @@ import torch
 
 from models.backbones.base import SRNetwork
 from models.streams import Encoder
+from utils.errors import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -54,15 +55,10 @@ def _failure(device: torch.device) -> str | None:
         classes = torch.tensor([[[1, 0, 1]]], dtype=torch.uint8, device=device)
         counts = Partition.of(classes, 2).counts()
     except Exception as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         _log.warning("the fused kernels cannot be used, plain torch is: %s", reason)
         return reason
     return None if counts == [1, 2] else f"a test kernel counted {counts} instead of [1, 2]"
-
-
-def _first_line(error: BaseException) -> str:
-    """Of a compiler's message, which may be long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def agrees(what: str, device: torch.device, is_right: Callable[[], bool]) -> bool:
@@ -77,7 +73,7 @@ def agrees(what: str, device: torch.device, is_right: Callable[[], bool]) -> boo
     try:
         right, reason = is_right(), "it is wrong"
     except Exception as error:  # Triton's are of many kinds
-        right, reason = False, _first_line(error)
+        right, reason = False, first_line(error)
     if not right:
         _log.warning("fused kernels: no %s by them, plain torch is used: %s", what, reason)
     return right
@@ -108,7 +104,7 @@ def fused_encoder(network: SRNetwork, dtype: torch.dtype = torch.float32) -> Enc
         return network.fused(dtype)
     except Exception as error:  # Triton's are of many kinds
         _log.warning(
-            "fused kernels: no backbone by them, plain torch is used: %s", _first_line(error)
+            "fused kernels: no backbone by them, plain torch is used: %s", first_line(error)
         )
         return network.fused(dtype)
     # Weights that are no numbers say nothing of the kernels.
