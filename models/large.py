@@ -61,7 +61,10 @@ class LargeOriginal:
         return sr
 
     def flops(self, lr_size: tuple[int, int]) -> int:
-        """FLOPs that are executed for one image of (h, w), overlaps included: see `utils.flops`."""
+        """Executed FLOPs of the network on one image of (h, w), overlaps included (`utils.flops`).
+
+        As of PCSR's backbones, those of the layers as they are: fused ones may take fewer.
+        """
         if lr_size not in self._flops:
             h, w = lr_size
             flops = executed_flops(self.network, (1, 3, h, w))
