@@ -17,7 +17,15 @@ from engine.conventions import Conventions, LrSource
 from engine.evaluation import Evaluation, Figures, Restore, bicubic, mean_of
 from engine.inference_words import add_json_word, add_self_ensemble_word, add_weights_word
 from engine.loading import weights_of
-from engine.report import Table, circumstances, followed, foot, to_json, write_json
+from engine.report import (
+    Table,
+    circumstances,
+    followed,
+    foot,
+    psnr_table,
+    to_json,
+    write_json,
+)
 from engine.restore import Patches
 from engine.samples import EvaluationSet, ImagePaths
 from engine.self_ensemble import SelfEnsemble
@@ -131,6 +139,12 @@ def make_parser(description: str, example: str) -> Parser:
         choices=("rgb", "y"),
         help="Channels of PSNR and SSIM. Default: the config's.",
     )
+    parser.add_argument(
+        "--all_psnr",
+        action="store_true",
+        help="Also give the mean PSNR by the other usual conventions (channels, rounding, border), "
+        "to find the one behind a figure from elsewhere.",
+    )
     add_self_ensemble_word(parser)
     parser.add_argument(
         "--bicubic", action="store_true", help="Also give the figures of bicubic enlargement."
@@ -159,7 +173,7 @@ def main(parser: Parser, prepare: Prepare) -> int:
         if subject.sweep is not None:
             content = subject.sweep(images, current, write)
         else:
-            content = _run(images, subject, current, write, with_bicubic=args.bicubic)
+            content = _run(images, subject, current, write, args)
         peaks = gather_objects(peak_memory_bytes(current.device))
         peak = None if None in peaks else max(peaks)
         write(foot(images.conventions, current, peak))
@@ -216,19 +230,23 @@ def _heading(model: dict[str, Any], current: World) -> str:
 
 
 def _run(
-    images: EvaluationSet, subject: Subject, current: World, write: Write, *, with_bicubic: bool
+    images: EvaluationSet,
+    subject: Subject,
+    current: World,
+    write: Write,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Evaluate all images and print the table; the figures as JSON content."""
 
     def rows(restore: Restore) -> Iterable[Figures]:
-        evaluation = Evaluation(images, restore, current.device)
+        evaluation = Evaluation(images, restore, current.device, all_psnr=args.all_psnr)
         shared = shared_out(evaluation, images.hr_pixels, current)
         return followed(shared, len(images), current)
 
     table = Table(images.names, subject.upsamplers, write)
     table.header()
     baseline = []
-    if with_bicubic:
+    if args.bicubic:
         baseline = list(rows(bicubic))
         table.baseline("bicubic", mean_of(baseline))
         table.rule()
@@ -237,7 +255,12 @@ def _run(
         table.row(row)
         figures.append(row)
     table.rule()
-    table.row(mean_of(figures))
+    mean = mean_of(figures)
+    table.row(mean)
+    if mean.psnrs is not None:
+        table.rule()
+        before = {"bicubic": mean_of(baseline).psnrs} if baseline else {}
+        write(psnr_table({**before, "network": mean.psnrs}))
     return to_json(figures, baseline)
 
 

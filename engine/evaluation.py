@@ -19,6 +19,7 @@ from engine.samples import EvaluationSet
 from utils.errors import UserError
 from utils.machine import Timer
 from utils.metrics import json_number, psnr, ssim
+from utils.psnr_conventions import Psnrs, mean_psnrs, psnrs
 
 # (3, h, w) LR on the device and (H, W) to the restored image.
 Restore = Callable[[Tensor, tuple[int, int]], Restored]
@@ -35,6 +36,7 @@ class Figures:
         flops_paper, flops_executed: see `utils.flops`.
         shares: share of the computed pixels per upsampler, light to heavy; empty for originals.
         time_s: synchronised wall-clock time from LR on the device to SR.
+        psnrs: PSNR by other conventions, where it was asked for.
     """
 
     name: str
@@ -44,14 +46,22 @@ class Figures:
     flops_executed: float
     shares: list[float]
     time_s: float
+    psnrs: Psnrs | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; null for a PSNR or SSIM that JSON cannot hold."""
-        return {
+        content = {
             **dataclasses.asdict(self),
             "psnr": json_number(self.psnr),
             "ssim": json_number(self.ssim),
         }
+        del content["psnrs"]
+        if self.psnrs is not None:
+            content["psnr_by_convention"] = {
+                name: {str(border): json_number(value) for border, value in row.items()}
+                for name, row in self.psnrs.items()
+            }
+        return content
 
 
 class Evaluation:
@@ -64,12 +74,21 @@ class Evaluation:
         images: what is run.
         restore: runs it.
         device: where LR is wanted.
+        all_psnr: PSNR by other conventions, too.
     """
 
-    def __init__(self, images: EvaluationSet, restore: Restore, device: torch.device) -> None:
+    def __init__(
+        self,
+        images: EvaluationSet,
+        restore: Restore,
+        device: torch.device,
+        *,
+        all_psnr: bool = False,
+    ) -> None:
         self.images = images
         self.restore = restore
         self.device = device
+        self.all_psnr = all_psnr
         self._is_warm = False
 
     def __call__(self, index: int) -> Figures:
@@ -100,6 +119,7 @@ class Evaluation:
             flops_executed=restored.flops_executed,
             shares=restored.shares,
             time_s=restored.time_s,
+            psnrs=psnrs(restored.sr, sample.hr, conventions.border_px) if self.all_psnr else None,
         )
 
 
@@ -130,6 +150,8 @@ def mean_of(figures: Sequence[Figures]) -> Figures:
     def mean(values: Iterable[float]) -> float:
         return sum(values) / len(figures)
 
+    by_convention = [f.psnrs for f in figures if f.psnrs is not None]
+
     return Figures(
         name="mean",
         psnr=mean(f.psnr for f in figures),
@@ -138,6 +160,7 @@ def mean_of(figures: Sequence[Figures]) -> Figures:
         flops_executed=mean(f.flops_executed for f in figures),
         shares=[mean(column) for column in zip(*(f.shares for f in figures), strict=True)],
         time_s=mean(f.time_s for f in figures),
+        psnrs=mean_psnrs(by_convention) if by_convention else None,
     )
 
 

@@ -14,10 +14,11 @@ from engine.evaluation import Figures, mean_of
 from utils.atomic import write_text
 from utils.distributed import World
 from utils.machine import describe
+from utils.psnr_conventions import LEGEND, NAMES, Psnrs
 
 T = TypeVar("T")
 
-_QUALITY = ("name", "psnr", "ssim")
+_QUALITY = ("name", "psnr", "ssim", "psnr_by_convention")
 
 
 class Table:
@@ -65,6 +66,29 @@ class Table:
         self.write("  ".join([f"{first:<{self.widths[0]}}", *padded]))
 
 
+def psnr_table(psnrs: Mapping[str, Psnrs | None]) -> str:
+    """Mean PSNR by convention, in lines: channels downwards, borders across.
+
+    Args:
+        psnrs: by what they are of; None counts for nothing.
+    """
+    title = "mean PSNR dB"
+    first_width = max(len(title), *(2 + len(name) for name in NAMES))
+    lines: list[str] = []
+    for subject, rows in psnrs.items():
+        if rows is None:
+            continue
+        if not lines:
+            borders = [f"border {px:>2}" for px in rows["rgb"]]
+            lines.append("  ".join([f"{title:<{first_width}}", *borders]))
+        lines.append(subject)
+        for name, row in rows.items():
+            cells = ["-" if math.isnan(dB) else f"{dB:.3f}" for dB in row.values()]
+            padded = [f"{cell:>{len('border 99')}}" for cell in cells]
+            lines.append("  ".join([f"{'  ' + name:<{first_width}}", *padded]))
+    return "\n".join([*lines, *LEGEND])
+
+
 def followed(rows: Iterable[T], total: int, world: World) -> Iterable[T]:
     """`rows` with a progress bar by rank 0, where somebody watches."""
     return tqdm(
@@ -100,7 +124,8 @@ def to_json(figures: Sequence[Figures], baseline: Sequence[Figures]) -> dict[str
     """
     content = _images_and_mean(figures, list(figures[0].to_json()))
     if baseline:
-        content["bicubic"] = _images_and_mean(baseline, _QUALITY)
+        keys = [key for key in baseline[0].to_json() if key in _QUALITY]
+        content["bicubic"] = _images_and_mean(baseline, keys)
     return content
 
 

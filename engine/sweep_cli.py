@@ -23,7 +23,7 @@ from utils.output_words import png_file
 from utils.plotting import check_plotting
 
 # What a sweep decides itself, or has no use for.
-_EXCLUDED = ("k", "adaptive", "upsampler", "budget", "bicubic", "self_ensemble")
+_EXCLUDED = ("k", "adaptive", "upsampler", "budget", "bicubic", "all_psnr", "self_ensemble")
 
 
 def add_sweep_words(parser: argparse.ArgumentParser) -> None:

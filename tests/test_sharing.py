@@ -63,7 +63,7 @@ def command_lines(place: dict[str, Path], out: Path) -> dict[str, list[str]]:
         return ["demo.py", f"--img_path={place[data]}", weights, *more]
 
     commands = {
-        "original in patches": evaluation("tiny-x4", "--bicubic"),
+        "original in patches": evaluation("tiny-x4", "--bicubic", "--all_psnr"),
         "adaptive in patches": evaluation("tiny-pcsr-phase1", "--adaptive"),
         "budget": evaluation("tiny-pcsr-phase1", "--budget=0.013G", "--per_image"),
         "sweep": evaluation("tiny-pcsr-phase1", "--sweep", "--per_image"),

@@ -197,6 +197,7 @@ def test_budget_and_sweep_agree(run, tmp_path) -> None:
         (["--sweep", "--budget=0.5"], "--budget does not go with --sweep"),
         (["--sweep", "--adaptive"], "--adaptive does not go with --sweep"),
         (["--sweep", "--bicubic"], "--bicubic does not go with --sweep"),
+        (["--sweep", "--all_psnr"], "--all_psnr does not go with --sweep"),
         (["--sweep", "--self_ensemble"], "--self_ensemble does not go with --sweep"),
         (["--sweep_time"], "go with --sweep"),
         (["--plot=x.png"], "go with --sweep"),

@@ -208,6 +208,20 @@ def test_given_lr_and_bicubic_row(place, run, tmp_path) -> None:
     assert len(written["bicubic"]["images"]) == 2
 
 
+def test_psnr_by_other_conventions(place, run, tmp_path) -> None:
+    json_path = tmp_path / "f.json"
+    words_ = words(place, "tiny-x4", "--per_image", "--bicubic", "--all_psnr", "--psnr_type=y")
+    code, output, _ = run([*words_, f"--json={json_path}"])
+    assert code == 0
+    assert output.index("\nmean ") < output.index("\nmean PSNR dB") < output.index("conventions:")
+    written = json.loads(json_path.read_text())
+    for part in (written, written["bicubic"]):
+        for of_image in (*part["images"], part["mean"]):
+            by_convention = of_image["psnr_by_convention"]
+            assert by_convention["y"]["4"] == pytest.approx(of_image["psnr"], abs=1e-9)
+            assert by_convention["rgb"]["4"] != by_convention["rgb"]["10"]
+
+
 def test_images_of_the_configs_test_dataset(place, run) -> None:
     dataset = f"{{name: image-folder, args: {{root_path: '{place / 'hr'}', first_k: 1}}}}"
     more = [f"--set=test_dataset.dataset={dataset}", "--set=test_dataset.wrapper={name: x}"]

@@ -28,6 +28,9 @@ SSIM_CONVENTION = (
     "Gaussian 11x11 window, sigma 1.5, population covariance, data range 255, "
     "valid positions only, mean over channels"
 )
+# BT.601 limited-range Y of 8-bit RGB: the products' sum, and what is added.
+LUMA = np.array([65.481, 128.553, 24.966]) / 255
+LUMA_OFFSET = 16.0
 _STRIP_ROWS = 512
 
 
@@ -55,8 +58,7 @@ def quantise(image: Tensor | NDArray) -> NDArray[np.uint8]:
 
 def luma(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """BT.601 limited-range Y, (H, W) uint8 in 16..235, of an (H, W, 3) uint8 image."""
-    weights = np.array([65.481, 128.553, 24.966]) / 255
-    return np.rint(rgb @ weights + 16).astype(np.uint8)
+    return np.rint(rgb @ LUMA + LUMA_OFFSET).astype(np.uint8)
 
 
 def psnr(
