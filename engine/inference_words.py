@@ -23,8 +23,8 @@ def add_weights_word(parser: argparse.ArgumentParser) -> None:
         "--weights",
         type=Path,
         metavar="PATH",
-        help="Checkpoint of the model. Default: iter_last.pth in save/<config name>/, else "
-        "release.pth there.",
+        help="Checkpoint of the model, .pth or .safetensors. Default: iter_last.pth in "
+        "save/<config name>/, else release.pth there.",
     )
 
 

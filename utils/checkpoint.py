@@ -2,7 +2,8 @@
 
 Format: ``{model: {name, args, sd}, optimizer: {...}, lr_scheduler: {...}, iter}``, and where the
 weights are averaged, ``ema: {decay, sd}``; released weights hold `model` and `iter`. Published
-checkpoints of the same format load as they are.
+checkpoints of the same format load as they are. A ``.safetensors`` file holds `model` and `iter`,
+see `utils.safetensors_files`.
 """
 
 import errno
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from utils import safetensors_files
 from utils.atomic import replace_file
 from utils.errors import UserError, first_line
 
@@ -63,12 +65,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} is a folder: name the .pth file in it")
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
+    if safetensors_files.is_safetensors(path):
+        safetensors_files.check_safetensors()
     try:
-        _check_sums(path)
-        with warnings.catch_warnings():
-            # Said of files that are refused anyway; the error that follows is the one to read.
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read(path)
     except pickle.UnpicklingError as error:
         what = "it holds" if "GLOBAL" in str(error) else "it is damaged, or holds"
         raise UserError(
@@ -89,6 +89,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} is damaged or not a checkpoint ({first_line(error)})"
         ) from error
     return _as_checkpoint(content, path)
+
+
+def _read(path: Path) -> Any:
+    if safetensors_files.is_safetensors(path):
+        return safetensors_files.read(path)
+    _check_sums(path)
+    with warnings.catch_warnings():
+        # Said of files that are refused anyway; the error that follows is the one to read.
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_sums(path: Path) -> None:
@@ -237,17 +247,23 @@ def save_checkpoint(
     """Write a checkpoint so that at any moment `path` is whole: the old one or the new one.
 
     Args:
+        path: a ``.safetensors`` file gets the model and the iteration only.
         first: called once the new one is safe on the disk, before the old one goes.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file is untouched.
     """
-    # Through memory: torch.save reports a full disk as "unexpected pos 832 vs 726".
-    buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
+    if safetensors_files.is_safetensors(path):
+        safetensors_files.check_safetensors()
+        written = memoryview(safetensors_files.to_bytes(content))
+    else:
+        # Through memory: torch.save reports a full disk as "unexpected pos 832 vs 726".
+        buffer = io.BytesIO()
+        torch.save(dict(content), buffer)
+        written = buffer.getbuffer()
     try:
         with replace_file(path, first=first) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+            temporary.write_bytes(written)
     except OSError as error:
         kept = "the one before is kept" if path.is_file() else "nothing was written"
         raise UserError(f"cannot save {path}: {error.strerror or error}; {kept}") from error

@@ -9,7 +9,8 @@ from pathlib import Path
 from utils.atomic import is_device, obstacle
 from utils.images import IMAGE_SUFFIXES
 
-_NOT_JSON = (*IMAGE_SUFFIXES, ".pth", ".pt", ".onnx", ".yaml", ".yml")
+_WEIGHTS = (".pth", ".safetensors")
+_NOT_JSON = (*IMAGE_SUFFIXES, *_WEIGHTS, ".pt", ".onnx", ".yaml", ".yml")
 
 
 def json_file(text: str) -> Path:
@@ -36,7 +37,7 @@ def onnx_file(text: str) -> Path:
 
 def new_weights_file(text: str) -> Path:
     """A file for weights, that is not there yet."""
-    path = _file_with(text, ".pth")
+    path = _file_with(text, *_WEIGHTS)
     if path.exists():
         raise argparse.ArgumentTypeError(f"{text} exists: name a new file")
     return path
@@ -48,15 +49,16 @@ def add_new_weights_word(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         type=new_weights_file,
-        metavar="PTH",
-        help="Checkpoint to write, a new file.",
+        metavar="WEIGHTS",
+        help="Checkpoint to write, a new file: .pth, or .safetensors.",
     )
 
 
-def _file_with(text: str, suffix: str) -> Path:
+def _file_with(text: str, *suffixes: str) -> Path:
     path = _file(text)
-    if path.suffix.lower() != suffix:
-        raise argparse.ArgumentTypeError(f"expected a name that ends in {suffix}, not `{text}`")
+    if path.suffix.lower() not in suffixes:
+        expected = " or ".join(suffixes)
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {expected}, not `{text}`")
     return path
 
 
