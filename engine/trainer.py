@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -22,7 +22,9 @@ from engine.memory import memory_named
 from engine.objectives import make_objective
 from engine.pixel_loss import PixelLoss
 from engine.recorder import Recorder
+from engine.reviver import Reviver
 from engine.run_folder import check_place, open_folder, warn_of_changes
+from engine.saver import Saver
 from engine.start import Start, TrainOptions, find_start, is_complete
 from engine.state import TrainState
 from engine.stop import StopSignal
@@ -33,7 +35,6 @@ from engine.train_checks import (
     check_validation_scales,
     required_sections,
 )
-from engine.unit_probe import HINT_PATCHES, PATCHES, Probe, told
 from engine.validation import validate, validated_on
 from engine.validation_sizes import check_validation_images
 from utils.config import Config
@@ -108,8 +109,6 @@ class Trainer:
         self.options = options
         self.world = world
         self.start = start
-        self._saved_at = 0.0
-        self._saved_iteration: int | None = None
         together(self._build)
         broadcast_state(self.model)
 
@@ -118,7 +117,7 @@ class Trainer:
         self._try_data()
         together(lambda: self._open_folder() if self.world.is_main else None)
         # No checkpoint yet: one without any training would stand in for released weights.
-        self._saved_at = time.monotonic()
+        self.saver.start_clock()
         with (
             StopSignal() as stop,
             self.gradients,
@@ -127,9 +126,8 @@ class Trainer:
         ):
             self._catch_up(recorder)
             if self.start.iteration >= self.config.iter_max:
-                self._save(
-                    self.start.iteration, recorder
-                )  # where the newest checkpoint was damaged
+                # Where the newest checkpoint was damaged.
+                self.saver.save(self.start.iteration, recorder.means_so_far)
             return self._loop(stop, recorder, bar)
 
     def _build(self) -> None:
@@ -156,8 +154,6 @@ class Trainer:
             resumed_at=start.iteration if start.is_of(save_dir) else None,
             validated_on=self.validated_on,
         )
-        if start.resumes and start.path == self.checkpoints.last_path:
-            self._saved_iteration = start.iteration
         self.divergence = Divergence(
             self.state,
             allowed=config.nan_skip,
@@ -168,6 +164,22 @@ class Trainer:
             data, seed=start.seed, start=start.iteration, stop=config.iter_max, world=self.world
         )
         self.batches: Iterator[Batch] = self.samples
+        is_newest = start.resumes and start.path == self.checkpoints.last_path
+        self.saver = Saver(
+            self.world,
+            self.state,
+            self.checkpoints,
+            self.divergence,
+            start.iteration if is_newest else None,
+        )
+        self.reviver = Reviver(
+            self.model,
+            self.state,
+            self.samples,
+            self.gradients,
+            batch_size=data.batch_size,
+            seed=start.seed,
+        )
 
     def _open_validation(self) -> list[tuple[float, Dataset]]:
         if self.config.valid_dataset is None:
@@ -222,14 +234,14 @@ class Trainer:
             found = self._next_batch(stop.number)
             # Never untrained weights: in their place, released ones are taken.
             if step > 0 and (found.signal_number or found.overdue):
-                self._save(step, recorder)
+                self.saver.save(step, recorder.means_so_far)
             if found.signal_number:
                 where = f"saved at iteration {step}" if step else "before the first iteration"
                 logger.info("stopped by signal %d: %s", found.signal_number, where)
                 return 128 + found.signal_number
             if step in config.revive:
                 with recorder.paused():
-                    self._revive(step)
+                    self.reviver.revive(step)
             if step in self.pixel_loss.changes:
                 recorder.restart()
             losses = self._iterate(step, found.batch)
@@ -240,11 +252,11 @@ class Trainer:
                 bar.set_postfix_str(recorder.flush(done))
             # Before a validation, too: it may take longer than who ends the run will wait.
             if self._is_validated(done) or _is_due(done, config.iter_save, end):
-                self._save(done, recorder)
+                self.saver.save(done, recorder.means_so_far)
             if self._is_validated(done):
                 self._validate(done, recorder)
         recorder.summary()
-        self._tell_dead_units()
+        self.reviver.tell(end)
         logger.info("finished at iteration %d: %s%s", end, self.checkpoints.last_path, self._best())
         return 0
 
@@ -261,14 +273,13 @@ class Trainer:
         batch, problem = self._read_batch()
         # Before the ranks meet: on all others, a slow one would look like slow data.
         data_s = time.monotonic() - began
-        limit_s = self.config.iter_save_s
         # Rank 0 writes, so its clock counts.
-        overdue = limit_s is not None and time.monotonic() - self._saved_at >= limit_s
+        overdue = self.world.is_main and self.saver.is_overdue(self.config.iter_save_s)
         failed, signal_number, saving, has_skipped = max_over_ranks(
             [
                 int(problem is not None),
                 signal_number,
-                int(overdue and self.world.is_main),
+                int(overdue),
                 int(self.samples.skipped.has_news()),
             ]
         )
@@ -312,32 +323,7 @@ class Trainer:
             return True
         return _is_due(done, config.iter_print, end) or _is_due(done, config.iter_save, end)
 
-    # Dead units
-
-    def _revive(self, step: int) -> None:
-        stop = step + -(-PATCHES // self.data.batch_size)
-        probe = together(lambda: Probe(self.model, self.samples.of(step, stop), trained_only=True))
-        with self.gradients.all_threads(), self.state.jumping():
-            found = probe.revive(self.start.seed + step)
-        logger.info("iteration %d: new weights for dead units: %s", step, told(found))
-
-    def _tell_dead_units(self) -> None:
-        """A hint, which nothing hangs on: where samples cannot be read again there is none."""
-        end = self.config.iter_max
-        start = max(0, end - -(-HINT_PATCHES // self.data.batch_size))
-        try:
-            probe = Probe(self.model, self.samples.of(start, end), trained_only=True)
-        except UserError:
-            probe = None
-        if max_over_ranks([probe is None])[0]:
-            return
-        assert probe is not None
-        with self.gradients.all_threads():
-            found = probe.dead_units()
-        if any(units.any() for units in found.values()):
-            logger.info("dead units, see `revive` in the README: %s", told(found))
-
-    # Validation and checkpoints
+    # Validation
 
     def _is_validated(self, done: int) -> bool:
         return bool(self.validation) and _is_due(done, self.config.iter_val, self.config.iter_max)
@@ -352,7 +338,7 @@ class Trainer:
                     world=self.world,
                 )
             psnr = results[0][1][0].psnr
-            together(lambda: self._write_best(done, psnr, recorder) if self.world.is_main else None)
+            self.saver.save_if_best(done, psnr, recorder.means_so_far)
             recorder.validation(done, results)
 
     def _catch_up(self, recorder: Recorder) -> None:
@@ -361,23 +347,6 @@ class Trainer:
         due = self.start.resumes and self._is_validated(done)
         if due and not on_main(lambda: recorder.has_validation(done)):
             self._validate(done, recorder)
-
-    def _save(self, done: int, recorder: Recorder) -> None:
-        if done == self._saved_iteration:
-            return
-        self._saved_iteration = done
-        together(lambda: self._write(done, recorder) if self.world.is_main else None)
-        self._saved_at = time.monotonic()
-
-    def _write(self, done: int, recorder: Recorder) -> None:
-        self.divergence.check_weights(done)
-        self.checkpoints.save(self._content(done, recorder))
-
-    def _write_best(self, done: int, psnr: float, recorder: Recorder) -> None:
-        self.checkpoints.save_if_best(self._content(done, recorder), psnr)
-
-    def _content(self, done: int, recorder: Recorder) -> dict[str, Any]:
-        return {**self.state.content(done), "means": recorder.means_so_far()}
 
     def _best(self) -> str:
         best = self.checkpoints.best

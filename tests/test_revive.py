@@ -22,7 +22,7 @@ from utils.errors import UserError
 
 @pytest.fixture(autouse=True)
 def few_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.trainer.PATCHES", 16)
+    monkeypatch.setattr("engine.reviver.PATCHES", 16)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
