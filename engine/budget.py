@@ -184,7 +184,8 @@ class BudgetPlan:
             size: (H, W) of the output.
 
         Raises:
-            UserError: the budget is less than the lightest upsampler costs everywhere.
+            UserError: the budget is less than the lightest upsampler costs everywhere (or the
+                heaviest, where it is that which executes less).
         """
         if self.budget.unit == "seconds":
             times = self._times_for(restorer, lr, size)
@@ -208,17 +209,19 @@ class BudgetPlan:
     def _check(self, least: float, most: float, one: float) -> None:
         """Compare with what all-light and all-heavy cost; `one` is the cost of an amount of 1."""
         amount, about = self.budget.amount * one, "about " * (self.budget.unit == "seconds")
-        if amount < least:
+        cheapest, name = min((least, "lightest"), (most, "heaviest"))
+        if amount < cheapest:
             raise UserError(
                 f"--budget: {self.budget.exactly()} is too little; with the "
-                f"lightest upsampler everywhere this image takes {about}"
-                f"{self.budget.format(least / one)}"
+                f"{name} upsampler everywhere this image takes {about}"
+                f"{self.budget.format(cheapest / one)}"
             )
         if amount > most and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "--budget: %s is more than the heaviest upsampler needs everywhere (%s%s here)",
+                "--budget: %s is more than the heaviest upsampler needs everywhere (%s%s here%s)",
                 self.budget.format(self.budget.amount),
                 about,
                 self.budget.format(most / one),
+                ", less than the lightest" if most < least else "",
             )

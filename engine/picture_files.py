@@ -47,8 +47,8 @@ def first_free(stem: str, is_free: Callable[[str], bool]) -> str:
     return next(name for name in itertools.chain([stem], numbered) if is_free(name))
 
 
-def prepare_folder(folder: Path, word: str = "--out_dir") -> None:
-    """Make a folder where it is missing and try to write there, before any work is done.
+def check_folder(folder: Path, word: str = "--out_dir") -> None:
+    """Try to write to a folder, or where it would be made, before any work is done.
 
     Raises:
         UserError: it is a file, or cannot be written.
@@ -56,12 +56,25 @@ def prepare_folder(folder: Path, word: str = "--out_dir") -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{word} {folder} is a file, not a folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"{word} {folder} cannot be written: {reason}") from error
+        raise _not_writable(folder, word, error) from error
+
+
+def prepare_folder(folder: Path, word: str = "--out_dir") -> None:
+    """:func:`check_folder`, and make it where it is missing."""
+    check_folder(folder, word)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, word, error) from error
+
+
+def _not_writable(folder: Path, word: str, error: OSError) -> UserError:
+    reason = error.strerror or type(error).__name__
+    return UserError(f"{word} {folder} cannot be written: {reason}")
 
 
 # What a format's own size fields can hold, in pixels per side.

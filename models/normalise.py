@@ -42,6 +42,8 @@ class DataNorm(nn.Module):
             if len(numbers) != 3:
                 raise UserError(f"config: `data_norm.{name}` takes three numbers, R, G and B")
             self.register_buffer(name, torch.tensor(numbers, dtype=torch.float32).view(1, 3, 1, 1))
+            if not bool(getattr(self, name).isfinite().all()):
+                raise UserError(f"config: `data_norm.{name}` is more than float32 can hold")
         if not bool((self.std > 0).all()):
             raise UserError("config: `data_norm.std` must be positive")
 

@@ -22,7 +22,7 @@ from models.pcsr import PCSR
 from models.reference import ReferenceEngine
 from models.routing import AdaptiveRouting
 from tests.budgets import SHARES, Plan, between, make_original
-from tests.test_fast import make_model
+from tests.test_fast import make_model, mlp
 from utils.cli import Parser
 from utils.config import load_config
 from utils.errors import UserError
@@ -191,6 +191,26 @@ def test_too_much_is_all_heavy_with_one_warning(caplog) -> None:
     assert [restored.shares for restored in results] == [[0.0, 1.0]] * 2
     assert len(caplog.records) == 1
     assert "60G is more than the heaviest upsampler needs" in caplog.text
+
+
+def test_a_heaviest_upsampler_that_executes_less_than_the_lightest(caplog) -> None:
+    # A wide first layer runs once for each LR pixel: dear by the published count, not when run.
+    torch.manual_seed(0)
+    encoder = {"name": "fsrcnn", "args": {"d": 8, "s": 4, "m": 1, "no_upsampling": True}}
+    specs = [mlp(20, 20, 20), mlp(100)]
+    args = {"encoder_spec": encoder, "upsampler_specs": specs, "classifier_spec": mlp(4)}
+    model, lr, size = models.make({"name": "pcsr", "args": args}), torch.rand(3, 9, 7), (36, 28)
+    assert isinstance(model, PCSR)
+    model.eval()
+    image = PcsrRestorer(model, AdaptiveRouting()).image_cost((9, 7), size)
+    light, heavy = image.uniform(0), image.uniform(-1)
+    assert heavy < 0.9 * light
+    for amount in (heavy, (heavy + light) / 2, 1.1 * light):
+        restored = PcsrRestorer(model, Plan(f"{amount / 1e6}M"))(lr, size)
+        assert restored.shares == [0.0, 1.0]
+        assert restored.flops_executed == heavy
+    with pytest.raises(UserError, match="with the heaviest upsampler everywhere this image takes"):
+        PcsrRestorer(model, Plan(f"{0.9 * heavy / 1e6}M"))(lr, size)
 
 
 def test_phase_0_has_nothing_to_choose() -> None:

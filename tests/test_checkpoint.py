@@ -40,6 +40,12 @@ def content(model: nn.Module) -> dict[str, Any]:
     return {"model": {**SPEC, "sd": model.state_dict()}, "iter": 3}
 
 
+def within_itself() -> dict[str, Any]:
+    args: dict[str, Any] = {"nf": 8}
+    args["encoder_spec"] = {"name": "carn", "args": args}
+    return args
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     first, second = a.state_dict(), b.state_dict()
     return first.keys() == second.keys() and all(
@@ -168,6 +174,7 @@ def test_other_files_are_named(tmp_path: Path, data: bytes) -> None:
         {"model": {"sd": {"w": torch.zeros(1).to_sparse()}, "name": "carn"}},
         {"model": {"sd": {"w": torch.zeros(1, device="meta")}, "name": "carn"}},
         {"model": {"sd": {"w": torch.zeros(1, dtype=torch.complex64)}, "name": "carn"}},
+        {"model": {"sd": {"w": torch.zeros(1)}, "name": "carn", "args": within_itself()}},
         torch.zeros(3),
     ],
     ids=lambda value: str(value)[:30],

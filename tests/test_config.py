@@ -146,6 +146,13 @@ def test_wrong_values_are_named(path: Path, override: str, message: str) -> None
         ("- 1\n", "must hold a mapping"),
         ("", "must hold a mapping"),
         ("1: 2\nmodel: {name: a}\n", "unknown key `1`"),
+        ("model: &a {name: b, args: *a}\n", "nested without end, or too deeply"),
+        (f"model: {'[' * 2000}{']' * 2000}\n", "nested without end, or too deeply"),
+        (f"model: {'[' * 60}{']' * 60}\n", "nested without end, or too deeply"),
+        (
+            "a: &x0 [1]\n" + "".join(f"x{n}: &x{n} [{f'*x{n - 1}, ' * 9}]\n" for n in range(1, 9)),
+            "nested without end, or too deeply",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -205,6 +205,26 @@ def test_folder_goes_on_after_a_bad_file(
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("words", [["--upscale", "--scale", "100000"], ["--upscale"], []])
+def test_what_is_refused_leaves_no_folder(
+    words: list[str],
+    tmp_path: Path,
+    demo_weights: dict[str, Path],
+    demo: Demo,
+    photo: np.ndarray,
+) -> None:
+    picture = tmp_path / "a.png"
+    write_picture(picture, Picture(photo[:48, :48]))
+    if "--scale" not in words:
+        picture.write_bytes(picture.read_bytes()[:999])
+    out = tmp_path / "new" / "out"
+    code = demo(
+        *("--img_path", picture, "--out_dir", out, "--weights", demo_weights["two"], *words),
+    )
+    assert code == 2
+    assert not out.parent.exists()
+
+
 @pytest.mark.parametrize("words", [["--upscale"], []])
 def test_names_that_cannot_be_shown_are_escaped(
     words: list[str], tmp_path: Path, demo_weights: dict[str, Path], photo: np.ndarray

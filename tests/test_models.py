@@ -190,6 +190,16 @@ def test_receptive_radius_is_that_of_the_features(name: str) -> None:
 # Normalisation
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("mean", 1e39, "more than float32 can hold"), ("std", 1e39, "more than float32 can hold")]
+    + [("std", value, "must be positive") for value in (0.0, -1.0, 1e-46)],
+)
+def test_normalisation_that_makes_no_numbers_is_refused(name, value, message) -> None:
+    with pytest.raises(UserError, match=rf"`data_norm.{name}` .*{message}"):
+        models.make({"name": "fsrcnn", "args": {}}, data_norm={name: [1.0, value, 1.0]})
+
+
 def test_images_are_normalised_inside() -> None:
     torch.manual_seed(0)
     plain = original("fsrcnn", 2).eval()

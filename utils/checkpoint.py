@@ -22,6 +22,7 @@ import models
 from utils import safetensors_files
 from utils.atomic import replace_file
 from utils.errors import UserError, first_line
+from utils.typed import is_tree
 
 LAST_NAME = "iter_last.pth"
 BEST_NAME = "best.pth"
@@ -274,7 +275,7 @@ def _as_checkpoint(content: Any, path: Path) -> dict[str, Any]:
         model = content.get("model")
         if isinstance(model, dict) and _is_state_dict(model.get("sd")):
             is_spec = isinstance(model.get("name", ""), str)
-            is_spec &= isinstance(model.get("args", {}), dict)
+            is_spec &= isinstance(model.get("args", {}), dict) and is_tree(model.get("args"))
             ema = content.get("ema", model)
             if is_spec and isinstance(ema, dict) and _is_state_dict(ema.get("sd")):
                 return content

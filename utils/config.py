@@ -11,7 +11,7 @@ import yaml
 
 from utils.errors import UserError
 from utils.registry import nearest
-from utils.typed import conform
+from utils.typed import conform, is_tree
 
 
 class _Loader(yaml.SafeLoader):
@@ -210,13 +210,19 @@ def check_config(raw: Mapping[str, Any], name: str) -> Config:
 
 def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document; UserError names `source` and the line where it is malformed."""
+    endless = f"config: {source} is nested without end, or too deeply: look at its aliases"
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise UserError(endless) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise UserError(f"config: {source}: {problem}{place}") from error
+    if not is_tree(value):
+        raise UserError(endless)
+    return value
 
 
 def dump_yaml(raw: Mapping[str, Any]) -> str:

@@ -16,6 +16,33 @@ _WORDS: dict[Any, str] = {
 }
 
 
+# What a config or a spec may hold, aliases written out, and how deep.
+_MOST_VALUES = 100_000
+_MOST_LEVELS = 50
+
+
+def is_tree(value: Any) -> bool:
+    """Whether nested mappings and lists end: none holds itself, nor nearly endless repetitions.
+
+    YAML's aliases and pickled references can make values that take for ever to look at.
+    """
+    sizes: dict[int, float] = {}
+
+    def size(value: Any, level: int) -> float:
+        if not isinstance(value, (Mapping, list, tuple)):
+            return 1
+        if level > _MOST_LEVELS:
+            return math.inf
+        if id(value) not in sizes:
+            # Until it is known; who meets it again before that has come from within.
+            sizes[id(value)] = math.inf
+            values = value.values() if isinstance(value, Mapping) else value
+            sizes[id(value)] = 1 + sum(size(each, level + 1) for each in values)
+        return sizes[id(value)]
+
+    return size(value, 0) <= _MOST_VALUES
+
+
 def conform(value: Any, annotation: Any, where: str) -> Any:
     """`value` as `annotation` wants it.
 

@@ -20,7 +20,7 @@ from engine.demo.upscale_job import UpscaleJob
 from engine.demo.words import DEFAULT_OPACITY, check_words
 from engine.evaluation import Figures, Restore, mean_of, warm_up
 from engine.inference_words import routing_from, warn_of_idle_original
-from engine.picture_files import find_inputs, prepare_folder, result_stems
+from engine.picture_files import check_folder, find_inputs, result_stems
 from engine.report import write_json
 from engine.restore import OriginalRestorer, PcsrRestorer
 from engine.self_ensemble import TURNS, SelfEnsemble
@@ -101,7 +101,7 @@ def _prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Path]
         raise UserError(f"--json {args.json} is an input and would be lost")
     subject = _load(args, device)
     _warm_up(subject, device)
-    prepare_folder(args.out_dir)
+    check_folder(args.out_dir)
     return inputs, subject
 
 

@@ -10,7 +10,7 @@ from engine.demo.compare import Comparison, compare
 from engine.demo.jobs import Done, Setting, read_input
 from engine.demo.report import comparison_table, describe_shares
 from engine.evaluation import Restore
-from engine.picture_files import prepare_folder
+from engine.picture_files import check_folder
 from utils.atomic import write_text
 from utils.errors import UserError
 from utils.images import Picture, is_one_of, to_8_bit, write_picture
@@ -89,7 +89,7 @@ class CompareJob:
         folder = self.setting.out_dir
         if self.subfolders:
             folder = folder / self.setting.stems[path]
-            prepare_folder(folder)
+            check_folder(folder)
         stale = folder / "Original.png"
         if "Original" not in comparison.pictures and stale.exists():
             _log.warning("%s is left from an earlier run", stale)

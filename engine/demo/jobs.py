@@ -47,7 +47,7 @@ class Setting:
 
     Attributes:
         stems: the inputs, and the name of each one's results.
-        out_dir: where results go; it exists.
+        out_dir: where results go; made with the first of them.
         enlarger: PCSR.
         device: where the models are.
         opacity: of pictures under the class colours.

@@ -87,7 +87,7 @@ class UpscaleJob:
         if suffix not in IMAGE_SUFFIXES:
             suffix = ".png"
         tag = f"x{self.scale:g}" if self.size is None else f"{self.size[1]}x{self.size[0]}"
-        among_inputs = any(folder.samefile(each.parent) for each in inputs)
+        among_inputs = folder.exists() and any(folder.samefile(each.parent) for each in inputs)
 
         def targets(stem: str) -> tuple[Path, Path]:
             return folder / f"{stem}{suffix}", folder / f"{stem}_classes.png"
