@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     # Called by its path, Python looks for modules beside this file.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.cases import REPOSITORY
 from benchmarks.learning_cases import (
     Trained,
     loss_variants,
@@ -36,6 +38,7 @@ from benchmarks.learning_measure import (
     measure_all_heavy,
 )
 from benchmarks.learning_page import key_of, page
+from benchmarks.results.subjects import identity
 from engine.conventions import Conventions
 from engine.samples import EvaluationSet, ImagePaths
 from utils.atomic import write_text
@@ -164,7 +167,9 @@ def main() -> None:
     }
     for part in args.parts:
         config = configs[part]
+        about = {}
         if part == "routing":
+            about["weights"] = identity(args.weights)
             rows = _routing_rows(config, args.weights, args.iterations, device, sets)
         else:
             trained = train_variants(config, variants[part], args.iterations, device)
@@ -172,6 +177,7 @@ def main() -> None:
         assert config.train_dataset is not None and config.optimizer is not None
         content[key_of(part, args.optimizers_config)] = {
             "command": shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]]),
+            "commit": _commit(),
             "machine": describe(device),
             "config": config.name,
             "is_pcsr": config.phase is not None,
@@ -180,11 +186,23 @@ def main() -> None:
             "precision": config.precision,
             "optimizer": config.optimizer,
             "seed": config.seed or 0,
+            **about,
             "rows": rows,
         }
         write_text(args.out / _JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
         write_text(args.out / _PAGE, page(content))
     print(page(content))
+
+
+def _commit() -> str | None:
+    """The code that is run, as git names it; None outside of a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _set_name(path: Path) -> str:

@@ -8,7 +8,8 @@ from benchmarks.learning_measure import CLASSIFIER, DISTANCE, ORACLE, SHARES
 
 _ROUTING = """## Phase 1: losses
 
-{run}. All runs start from the same backbone, heavy upsampler and seed, and see the same batches.
+{run}. All runs start from the same backbone and heavy upsampler, those of
+`{weights}` (SHA-256 begins with {sha}), and the same seed, and see the same batches.
 PSNR (dB, RGB, refinement on) where each image's first 10, 25 and 50 % of pixels by the classifier's
 order are heavy; at k = 0; and with ADM. The gap is that from the published loss to an oracle that
 takes the pixels whose error falls most (with the published light upsampler), at 10 % heavy pixels.
@@ -71,17 +72,20 @@ def page(content: dict[str, Any]) -> str:
 
 
 def _run(part: dict[str, Any]) -> str:
-    machine = part["machine"]
+    machine, commit = part["machine"], part["commit"]
+    at = "" if commit is None else f" at {commit}"
     return (
-        f"`{part['command']}` on {machine['device_name']}, {machine['torch_threads']} thread(s), "
-        f"torch {machine['torch']}: `{part['config']}`, {part['iterations']} iterations, batch "
-        f"{part['batch_size']}, {part['precision']}, seed {part['seed']}"
+        f"`{part['command']}`{at} on {machine['device_name']}, "
+        f"{machine['torch_threads']} thread(s), torch {machine['torch']}: `{part['config']}`, "
+        f"{part['iterations']} iterations, batch {part['batch_size']}, {part['precision']}, "
+        f"seed {part['seed']}"
     )
 
 
 def _routing(part: dict[str, Any]) -> str:
     rows = part["rows"]
-    sections = [_ROUTING.format(run=_run(part))]
+    about = part["weights"]
+    sections = [_ROUTING.format(run=_run(part), weights=about["weights"], sha=about["sha256"][:8])]
     for name in _sets(rows):
         published = next(row[name] for row in rows if row["variant"] == PUBLISHED)
         sections.append(f"{name} (all-heavy {published['heavy']:.3f} dB):\n")

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     # Called by its path, Python looks for modules beside this file.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.cases import BACKBONES, REPOSITORY
+from benchmarks.cases import BACKBONES
 from benchmarks.measure import round_robin
 from benchmarks.training_cases import Case, Setting, cut_sub_images, prepared, prepared_run
 from benchmarks.training_report import Row, bars_table, figures_table
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         type=Path,
-        default=REPOSITORY / "datasets" / "tiny" / "train",
+        default=Path("datasets/tiny/train"),
         metavar="DIR",
         help="Images, from which sub-images of 128x128 are cut into a temporary folder.",
     )

@@ -8,6 +8,7 @@ from engine.pixel_loss import PixelLoss
 from engine.start import Start
 from utils.config import Config
 from utils.distributed import World
+from utils.machine import describe
 
 logger = logging.getLogger(__name__)
 
@@ -18,13 +19,17 @@ def announce(
     """Log what is trained, from where to where, and which of the config's words come to nothing."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    machine = describe(world.device)
+    cpu = f" ({machine['cpu_capability']})" if world.device.type == "cpu" else ""
     logger.info(
-        "%s on %s x %d, %s, seed %d: %.2fK parameters, %.2fK trained, iterations %d to %d",
+        "%s on %s x %d, %s, seed %d, %s%s: %.2fK parameters, %.2fK trained, iterations %d to %d",
         config.name,
         world.device,
         world.size,
         config.precision,
         start.seed,
+        machine["device_name"],
+        cpu,
         total / 1e3,
         trained / 1e3,
         start.iteration,

@@ -178,6 +178,15 @@ def load_newest(last: Path) -> tuple[Path, dict[str, Any]]:
     return path, checkpoint
 
 
+def newest_iteration(last: Path) -> int:
+    """The iteration that a run goes on from, as :func:`load_newest` finds it; 0 where it cannot."""
+    for paths in ([last], all_paths(last.parent)):
+        iterations = [found[1]["iter"] for path in paths if (found := _readable(path)) is not None]
+        if iterations:
+            return max(iterations)
+    return 0
+
+
 def _readable(path: Path) -> tuple[Path, dict[str, Any]] | None:
     try:
         checkpoint = load_checkpoint(path)

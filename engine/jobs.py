@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.checkpoints import newest_iteration
 from engine.start import is_at_end
 from engine.stop import StopSignal
 from utils.checkpoint import LAST_NAME, RELEASE_NAME, load_checkpoint
@@ -41,7 +42,7 @@ class Job:
     def iteration(self) -> int:
         """Iterations done; of released weights alone, where nothing is left to do after theirs."""
         if (self.folder / LAST_NAME).is_file():
-            return _iteration(self.folder / LAST_NAME)
+            return newest_iteration(self.folder / LAST_NAME)
         released = _iteration(self.folder / RELEASE_NAME)
         return released if released >= self.config.iter_max else 0
 
@@ -49,7 +50,8 @@ class Job:
     def is_finished(self) -> bool:
         """Whether all iterations are done, and the last validation."""
         if (self.folder / LAST_NAME).is_file():
-            return is_at_end(self.config, self.folder, self.iteration)
+            # A damaged one is none: training goes on from an older one and mends it.
+            return is_at_end(self.config, self.folder, _iteration(self.folder / LAST_NAME))
         return self.iteration >= self.config.iter_max
 
     def command(self, words: Sequence[str]) -> list[str]:
@@ -148,7 +150,7 @@ def _train(job: Job, end_s: float, words: Sequence[str], margin_s: float, stop: 
 
 
 def _iteration(path: Path) -> int:
-    """A checkpoint's iteration; 0 where there is none, or a damaged one: training sees to that."""
+    """A checkpoint's iteration; 0 where there is none, or a damaged one."""
     try:
         return int(load_checkpoint(path).get("iter", 0))
     except UserError:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import learning_page
+from benchmarks.cases import REPOSITORY
 from benchmarks.results.lessons import (
     JUDGE,
     PAYS,
     TOLERANCE_DB,
-    cheapest,
+    fastest,
     lessons_text,
     recommended,
 )
@@ -22,6 +24,7 @@ from benchmarks.results.subjects import (
     ROUTINGS,
     Subject,
     chosen,
+    identity,
     read_json,
     routing_of,
     stale_files,
@@ -33,7 +36,6 @@ from benchmarks.results.tables import (
     measured_subjects,
     milliseconds,
     percent,
-    row_of,
     table,
 )
 from engine.rerouted import ReroutedImage, part_way
@@ -95,12 +97,11 @@ def test_figures_that_differ_by_rounding_are_written_alike(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("subject", measured_subjects(), ids=lambda subject: subject.name)
-def test_lessons_choose_the_cheapest_good_routing(subject: Subject) -> None:
-    rows = {key: row_of(subject, JUDGE, key) for key in ROUTINGS}
-    chosen_flops = rows[cheapest(subject)]["flops_executed"]
+def test_lessons_choose_the_fastest_good_routing(subject: Subject) -> None:
+    times = read_json(subject.speed_path)["images"]["rows"]
     good = [key for key in ROUTINGS if (loss(subject, JUDGE, key) or 0.0) <= TOLERANCE_DB]
-    assert cheapest(subject) in good
-    assert all(rows[key]["flops_executed"] >= chosen_flops for key in good)
+    assert fastest(subject) in good
+    assert times[fastest(subject)]["time_s"] == min(times[key]["time_s"] for key in good)
 
 
 @pytest.mark.parametrize("subject", measured_subjects(), ids=lambda subject: subject.name)
@@ -111,7 +112,7 @@ def test_lessons_recommend_what_pays(subject: Subject) -> None:
     advised = next(each for each in advice.splitlines() if each.startswith(f"| {subject.title} |"))
     pays = line.endswith(f"| {PAYS} |")
     assert pays == (advised.count("the original:") < 2)
-    assert recommended(subject) == cheapest(subject) or pays
+    assert recommended(subject) == fastest(subject) or pays
 
 
 def test_figures_of_other_weights_are_named(tmp_path, monkeypatch) -> None:
@@ -119,6 +120,14 @@ def test_figures_of_other_weights_are_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.results.subjects.FIGURES", tmp_path)
     (tmp_path / "carn.json").write_text('{"original": {"sha256": "1"}, "pcsr": {"sha256": "2"}}')
     assert stale_files() == [tmp_path / "carn.json"]
+
+
+def test_the_learning_page_is_of_the_weights_that_are_here() -> None:
+    learning = REPOSITORY / "results" / "learning"
+    content = read_json(learning / "learning.json")
+    about = content["routing"]["weights"]
+    assert identity(REPOSITORY / about["weights"]) == about
+    assert (learning / "README.md").read_text(encoding="utf-8") == learning_page.page(content)
 
 
 @pytest.mark.parametrize("key", ["k0", "adm", "way25", "heavy"])

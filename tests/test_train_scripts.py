@@ -20,6 +20,7 @@ from engine.stop import StopSignal
 from tests.processes import REPOSITORY, handling
 from tests.training import checkpoint_of, differences, make_pictures, metrics_of, raw_config
 from utils.checkpoint import LAST_NAME
+from utils.machine import device_name
 
 
 @pytest.fixture
@@ -56,7 +57,9 @@ def test_a_run_tells_what_it_does(script: Any, write_config: Any, tmp_path: Path
     code, shown = script("train.py", "--config", config, "--save_dir", tmp_path / "run")
     assert code == 0
     lines = [line for line in shown.splitlines() if "decoded" not in line]
-    assert "fsrcnn on cpu x 1, fp32, seed 0: 24.52K parameters" in lines[0]
+    assert "fsrcnn on cpu x 1, fp32, seed 0, " in lines[0]
+    assert f"{device_name(torch.device('cpu'))} (" in lines[0]
+    assert "): 24.52K parameters" in lines[0]
     assert [line for line in lines if "ETA" in line and "images/s" in line] == lines[1:4]
     assert "%|" not in shown, "no progress bar where there is no terminal"
     log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")

@@ -67,6 +67,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
             return action.help
+        if isinstance(action.default, (list, tuple)):
+            words = " ".join(map(str, action.default)).replace("%", "%%")
+            return f"{action.help} (default: {words})"
         return super()._get_help_string(action)
 
 

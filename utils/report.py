@@ -243,7 +243,8 @@ def main() -> None:
         "--out",
         type=png_file,
         metavar="PNG",
-        help="File for the picture. Default: report.png in the run's folder.",
+        help="File for the picture. Default: report.png beside the metrics (of a release, "
+        "release.report.png).",
     )
     args = parser.parse_args()
     if len(args.runs) > 1 and args.out is None:

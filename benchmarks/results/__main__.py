@@ -31,6 +31,7 @@ from utils.log import set_up
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
+        prog="python -m benchmarks.results",
         description="Measure the released weights into JSON files in results/figures, and render "
         "results/README.md, LESSONS.md and the model cards from these files. Rendering alone "
         "takes seconds.",

@@ -1,6 +1,7 @@
 """What the figures teach: results/LESSONS.md. Every number in it comes from results/figures."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from benchmarks.results.tables import (
     difference,
     giga,
     loss,
+    machine_of,
     measured_subjects,
     percent,
     row_of,
@@ -32,9 +34,11 @@ from utils.errors import UserError
 JUDGE = SETS[-1]
 # Nobody sees less.
 TOLERANCE_DB = 0.03
+# More than times of the same differ by.
+_CLEARLY = 1.05
 _PARTS = tuple(key for key in ROUTINGS if key.startswith("way"))
 PAYS = "pays"
-_WORDS = {"k0": "--k 0", "adm": "--adaptive"}
+_WORDS = {"k0": "--k 0", "adm": "--adaptive", "heavy": "--upsampler heavy"}
 
 _TEXT = """# What the figures teach
 
@@ -45,10 +49,12 @@ weights that are released. All of it is x4 on {judge}; tables of all sets are on
 
 ## Where routing pixels pays
 
-The cheapest routing that pays and stays within {tolerance} dB of the same network all-heavy; where
-none pays, the cheapest that does the latter:
+The fastest routing that pays and stays within {tolerance} dB of the same network all-heavy; where
+none pays, the fastest that does the latter:
 
 {verdicts}
+
+{machines}
 
 "Pays" means: cheaper than the original network, in executed FLOPs and on the clock, and at most
 {tolerance} dB below it. The clock is that of the original after the graph optimisations that PCSR's
@@ -75,6 +81,8 @@ names): "costs quality" where PCSR saw fewer than its original speaks of the tra
 
 {clock}
 
+   {slower}
+
 4. **Where the pixels are.** The classifier's order of pixels is the same for `k`, ADM and budgets;
    they differ in where each image stops. A budget stops every image at the same cost, which is
    what a deadline needs. `k = 0` lets a hard image take more and an easy one less; at the same mean
@@ -90,8 +98,8 @@ names): "costs quality" where PCSR saw fewer than its original speaks of the tra
 
 ## What to use
 
-The cheapest of the measured routings that pays (where no time was measured: in FLOPs) and stays
-within {tolerance} dB of all-heavy:
+The fastest of the measured routings that pays (where no time was measured: that with the fewest
+FLOPs) and stays within {tolerance} dB of all-heavy:
 
 {advice}
 """
@@ -108,10 +116,12 @@ def lessons_text() -> str:
         tolerance=TOLERANCE_DB,
         every=EVERY,
         verdicts=_verdicts(subjects),
+        machines=_machines(subjects),
         target=target_text(),
         ranges=_indented(_ranges(subjects)),
         fsrcnn=_counted(subjects),
         clock=_indented(_clock(subjects)),
+        slower=_slower(subjects),
         spread=_spread(subjects),
         gains_of=carn.title,
         first_quarter=_gain(carn, "light", "way25"),
@@ -121,22 +131,25 @@ def lessons_text() -> str:
     )
 
 
-def cheapest(subject: Subject) -> str:
-    """The routing with the fewest FLOPs that stays within the tolerance of all-heavy."""
+def fastest(subject: Subject) -> str:
+    """The fastest routing that stays within the tolerance of all-heavy."""
     return _good(subject, ROUTINGS)[0]
 
 
 def recommended(subject: Subject) -> str:
-    """The cheapest routing of those within the tolerance that pays; else the cheapest of them."""
+    """The fastest routing of those within the tolerance that pays; else the fastest of them."""
     good = _good(subject, ROUTINGS)
     return next((key for key in good if _pays(subject, key)), good[0])
 
 
 def _good(subject: Subject, keys: Iterable[str]) -> list[str]:
-    """Routings within the tolerance of all-heavy, the cheapest in FLOPs first."""
+    """Routings within the tolerance of all-heavy, the fastest first; without times, by FLOPs."""
     losses = {key: loss(subject, JUDGE, key) for key in keys}
     good = [key for key, lost in losses.items() if lost is not None and lost <= TOLERANCE_DB]
-    return sorted(good, key=lambda key: row_of(subject, JUDGE, key)["flops_executed"])
+    costs = {key: share_of_time(subject, key) for key in good}
+    if None in costs.values():
+        costs = {key: share_of_original(subject, JUDGE, key) for key in good}
+    return sorted(good, key=lambda key: costs[key] or 0.0)
 
 
 def _verdicts(subjects: Sequence[Subject]) -> str:
@@ -224,6 +237,38 @@ def _clock(subjects: Sequence[Subject]) -> str:
     return table(titles, lines, left=1)
 
 
+def _machines(subjects: Sequence[Subject]) -> str:
+    """Whose times are of which CPU: shares of time can be compared on one and the same."""
+    titles: dict[str, list[str]] = {}
+    for subject in subjects:
+        if share_of_time(subject, "heavy") is not None:
+            titles.setdefault(machine_of(subject), []).append(subject.title)
+    if len(titles) < 2:
+        return f"Times are of {''.join(titles)}." if titles else "No times were measured."
+    each = "; ".join(f"{' and '.join(names)}: {machine}" for machine, names in titles.items())
+    return _filled(f"Times are of different CPUs, and compare where the CPU is the same. {each}.")
+
+
+def _slower(subjects: Sequence[Subject]) -> str:
+    """Which routings take longer than no routing at all, although they execute less."""
+    found: dict[str, list[str]] = {}
+    for subject in subjects:
+        flops = {key: share_of_original(subject, JUDGE, key) or 0.0 for key in ROUTINGS}
+        heavy_s = share_of_time(subject, "heavy") or math.inf
+        for key in ROUTINGS:
+            is_slower = (share_of_time(subject, key) or 0.0) > _CLEARLY * heavy_s
+            if is_slower and flops[key] < flops["heavy"]:
+                found.setdefault(subject.title, []).append(LABELS[key].removeprefix("PCSR, "))
+    if not found:
+        return "No routing takes clearly longer than all-heavy."
+    each = "; ".join(f"{title} by {', '.join(labels)}" for title, labels in found.items())
+    return _filled(
+        f"Some routings execute less than all-heavy and take clearly longer all the same: {each}. "
+        "There all-heavy is both better and faster: choosing the pixels takes longer than they do.",
+        indent="   ",
+    ).lstrip()
+
+
 def _counted(subjects: Sequence[Subject]) -> str:
     by_name = {subject.name: subject for subject in subjects}
     if "fsrcnn" not in by_name:
@@ -308,7 +353,7 @@ def _advice(subjects: Sequence[Subject]) -> str:
     lines = [
         [
             subject.title,
-            _advised(subject, ("k0", "adm")) or "the original: nothing qualifies",
+            _advised(subject, ("k0", "adm", "heavy")) or "the original: nothing qualifies",
             _advised(subject, _PARTS) or "the original: no budget qualifies",
         ]
         for subject in subjects
@@ -317,7 +362,7 @@ def _advice(subjects: Sequence[Subject]) -> str:
 
 
 def _advised(subject: Subject, keys: Sequence[str]) -> str | None:
-    """The cheapest of these routings that is worth it, as words of test_pcsr.py."""
+    """The fastest of these routings that is worth it, as words of test_pcsr.py."""
     for key in _good(subject, keys):
         share, time = share_of_original(subject, JUDGE, key), share_of_time(subject, key)
         if share is None or not _pays(subject, key):
@@ -328,6 +373,10 @@ def _advised(subject: Subject, keys: Sequence[str]) -> str | None:
         of_time = "time not measured" if time is None else f"{percent(time)} of the time"
         return f"`{words}`{more}: {percent(share)} of the FLOPs, {of_time}"
     return None
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)
 
 
 def _indented(text: str) -> str:

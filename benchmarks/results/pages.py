@@ -47,7 +47,7 @@ What they teach is on a page of its own: [LESSONS.md](LESSONS.md).
 
 Conventions: {conventions}; SSIM of Y, 11x11 Gaussian. GFLOPs: 2 per multiply-add; *paper* as
 published tables count them, *executed* as run by the compiled CPU kernels (plain torch pads its
-layers, and executes up to a fifth more), and the share of the original is of executed ones.
+layers, and executes more), and the share of the original is of executed ones.
 A budget "25 % of the way" lies a quarter of the way from all-light to all-heavy, in executed
 FLOPs, for every image alike. Rows of official weights are measured with the published checkpoints,
 which are not in this repository (`make results OFFICIAL=DIR` measures them again). Refinement is

@@ -55,6 +55,14 @@ def share_of_time(subject: Subject, key: str) -> float | None:
     return rows[key]["time_s"] / rows["original_optimized"]["time_s"]
 
 
+def machine_of(subject: Subject) -> str:
+    """The machine of :func:`share_of_time`, in words."""
+    machine = read_json(subject.speed_path)["machine"]
+    return (
+        f"{machine['device_name']} ({machine['cpu_capability']}, {machine['usable_cores']} cores)"
+    )
+
+
 def quality_table(name: str) -> str:
     """All networks on one set."""
     titles = ["weights", "routing", "PSNR RGB", "unrefined", "PSNR Y", "SSIM Y"]
