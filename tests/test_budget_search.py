@@ -1,5 +1,6 @@
 """In which order pixels are raised, and how far a budget reaches."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -134,3 +135,8 @@ def test_equal_costs_and_pixels_without_a_margin() -> None:
 def test_upsamplers_out_of_order_are_refused() -> None:
     with pytest.raises(UserError, match="light to heavy"):
         BudgetRouting(some_cost(1, 2), 1e9).classes(torch.zeros(1, 1, 1, 1), (-1.0, -2.0))
+
+
+def test_no_pixel_is_raised_to_an_upsampler_that_is_no_better_for_the_same_cost() -> None:
+    kappa = raise_order(torch.zeros(1, 2, 1, 1), (-2.0, -1.0, -1.0))
+    assert kappa.flatten().tolist() == [0.0, -math.inf]

@@ -67,3 +67,19 @@ def test_warming_up_knows_no_budget() -> None:
     restorer.warm_up(lr, (36, 28))
     with pytest.raises(UserError, match="too little"):
         restorer(lr, (36, 28))
+
+
+def test_what_the_routing_will_take_is_gone_as_well() -> None:
+    cost = UpsamplingCost(0.0, (0.0, 1.0), (0,), np.zeros((1, 2)))
+    routing = TimedRouting(ImageTimes(60.0, cost, 0.0, 400.0), 100.5, "words")
+    assert routing.classes(torch.randn(1, 1, 20, 20), (-1.0, -0.5)).sum() == 40
+
+
+@pytest.mark.parametrize(("most_kept", "again_s"), [(10**9, 0.0), (0, 7.0)])
+def test_an_encoder_that_runs_once_more_takes_its_time(most_kept, again_s, monkeypatch) -> None:
+    monkeypatch.setattr("models.inference.KEPT_FEATURES", most_kept)
+    monkeypatch.setattr("engine.timing._encode_s", lambda *_: 7.0)
+    restorer = PcsrRestorer(make_model("fsrcnn"))
+    times = measure_times(restorer, torch.rand(3, 40, 32), (160, 128))
+    assert times.after.fixed == again_s
+    assert (times.least_s > 7.0) == (again_s > 0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from tests.training import model_spec
 from utils import atomic
 from utils.atomic import remove_leftovers, write_text
 from utils.checkpoint import (
@@ -25,6 +26,7 @@ from utils.checkpoint import (
     load_checkpoint,
     load_phase0,
     load_weights,
+    same_norm,
     save_checkpoint,
 )
 from utils.errors import UserError
@@ -315,3 +317,20 @@ def test_leftovers_of_a_killed_process_go_and_nothing_else(tmp_path: Path) -> No
         write_text(file, "x")
     remove_leftovers(path)
     assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_phase1_takes_no_light_upsampler_from_a_data_parallel_phase1() -> None:
+    spec = model_spec("fsrcnn-phase1")
+    model, other = models.make(spec), models.make(spec)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = other.state_dict()
+    load_phase0(model, {f"module.{key}": value for key, value in state.items()}, "p.pth")
+    for key, value in model.state_dict().items():
+        own = key.startswith(("light_sampler", "classifier"))
+        assert torch.equal(value, before[key] if own else state[key])
+
+
+def test_norms_are_the_same_but_for_half_precision() -> None:
+    norm = torch.tensor([0.4488, 0.4371, 0.4040])
+    assert same_norm(norm.half(), norm)
+    assert not same_norm(norm + 0.01, norm)

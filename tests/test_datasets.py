@@ -352,3 +352,18 @@ def test_paired_crops_stay_aligned(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert any(torch.equal(sample["lr"], corner) for corner in corners)
     whole = make_wrapper({"name": "sr-implicit-paired"}, data)[0]
     assert whole["lr"].shape == (3, 20, 15)
+
+
+def test_lmdb_is_made_anew_when_a_file_of_the_same_size_is_newer(tmp_path: Path) -> None:
+    arguments = {"cache": "lmdb", "cache_dir": str(tmp_path / "cache")}
+    for seed in (0, 1):
+        folder = write_images(tmp_path / "in", {"a.bmp": (8, 9)}, seed)
+        os.utime(folder / "a.bmp", ns=(seed, seed))
+        data = folder_of(folder, **arguments)
+        np.testing.assert_array_equal(data[0], read_rgb(folder / "a.bmp"))
+
+
+def test_an_lr_image_that_is_a_row_short_is_of_no_scale() -> None:
+    hr, lr = np.zeros((48, 48, 3), np.uint8), np.zeros((11, 12, 3), np.uint8)
+    with pytest.raises(UserError, match="no common scale"):
+        align_pair(hr, lr, "a.png")

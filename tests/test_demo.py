@@ -5,6 +5,7 @@ checked where they are at hand.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from datasets.resize import imresize
 from engine.conventions import Conventions
 from engine.demo.enlarge import Enlarger
 from engine.demo.models import load_demo_pcsr
+from engine.demo.report import comparison_table
+from engine.evaluation import Figures
 from engine.loading import load_original, load_pcsr
-from engine.restore import OriginalRestorer, PcsrRestorer
+from engine.restore import OriginalRestorer, PcsrRestorer, Restored
 from engine.samples import EvaluationSet, ImagePaths
 from engine.self_ensemble import SelfEnsemble
 from models.routing import AdaptiveRouting, KRouting
@@ -254,3 +257,20 @@ def test_official_figures(tmp_path: Path, shared: Path, demo: Demo) -> None:
             figures, (quality, *_, giga) = image[model], expected[image["name"]][row]
             assert abs(figures["psnr"] - quality) < 0.005
             assert abs(figures["flops_paper"] / giga / 1e9 - 1) < 1e-3
+
+
+def test_flops_are_compared_with_the_originals_of_the_same_kind() -> None:
+    original = Figures("a.png", 30.0, 0.9, 4e9, 1e9, [], 1.0)
+    text = comparison_table(original, replace(original, flops_paper=1e9, flops_executed=5e8))
+    assert "1.00G (25.0%)" in text and "0.50G (50.0%)" in text
+
+
+def test_a_smaller_size_is_made_of_clamped_pixels_and_of_classes_in_the_middle() -> None:
+    classes = torch.arange(8, dtype=torch.uint8)[:, None].expand(8, 8)
+
+    def stub(lr: torch.Tensor, size: tuple[int, int]) -> Restored:
+        return Restored(torch.full((3, *size), 3.0), classes, [1.0], 0, 0, 0.0)
+
+    restored = Enlarger(stub)(torch.rand(3, 2, 2), (2, 2))
+    assert restored.classes is not None and restored.classes[:, 0].tolist() == [2, 6]
+    torch.testing.assert_close(restored.sr, torch.ones(3, 2, 2))

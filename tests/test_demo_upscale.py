@@ -261,3 +261,13 @@ def test_transparent_pixels_continue_what_is_visible() -> None:
     assert 0.4 <= filled.min() <= filled.max() <= 0.6
     assert torch.equal(fill_transparent(rgb, torch.ones(13, 10)), rgb)
     assert not fill_transparent(rgb, torch.zeros(13, 10)).any()
+
+
+def test_gray_stays_gray_where_the_network_would_colour_it(
+    tmp_path: Path, demo_weights: dict[str, Path], photo: np.ndarray, demo: Demo
+) -> None:
+    Image.fromarray(photo[:20, :20]).convert("L").save(tmp_path / "gray.png")
+    words = ("--upscale", "--weights", demo_weights["two"], "--out_dir", tmp_path / "out")
+    assert demo("--img_path", tmp_path / "gray.png", *words) == 0
+    result = read_rgb(tmp_path / "out" / "gray_x4.png")
+    assert (result == result[..., :1]).all()

@@ -96,3 +96,12 @@ def test_weights_that_are_not_finite_are_never_saved(
     with pytest.raises(UserError, match=r"diverged: tail_conv.bias is not finite at iteration 2"):
         run(make_config("fsrcnn", pictures, iter_save=1), tmp_path)
     assert checkpoint_of(tmp_path)["iter"] == 1
+
+
+def test_updates_that_are_left_out_are_counted_in_a_row(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, [1, 3], float("nan"))
+    config = make_config("fsrcnn", pictures, iter_max=5, nan_skip=1, microbatches=1)
+    assert run(config, tmp_path) == 0
+    assert "skipped" not in checkpoint_of(tmp_path)

@@ -18,6 +18,7 @@ from engine.report import Table, to_json, write_json
 from engine.restore import OriginalRestorer, Patches, PcsrRestorer, Restored
 from engine.samples import EvaluationSet, ImagePaths
 from models.backbones.base import SRNetwork
+from models.patches import PatchCanvas
 from models.pcsr import PCSR
 from models.routing import AdaptiveRouting, FixedRouting, KRouting
 from utils.config import DataConfig, load_config
@@ -268,3 +269,11 @@ def test_table_is_aligned(upsamplers) -> None:
     table.row(Figures("a.png", 30.0, math.nan, 1e12, 1e9, [1 / 3] * upsamplers, 100.0))
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split()[:3] == ["a.png", "30.000", "-"]
+
+
+def test_of_overlapping_patches_the_larger_class_is_shown() -> None:
+    canvas = PatchCanvas((1, 3), torch.zeros(1))
+    for left, index in ((0, 1), (1, 0)):
+        classes = torch.full((1, 2), index, dtype=torch.uint8)
+        canvas.add((0, left), torch.zeros(3, 1, 2), classes)
+    assert canvas.classes.tolist() == [[1, 1, 0]]

@@ -122,3 +122,11 @@ def test_golden_figures(shared: Path, carn_pcsr) -> None:
                 heavy = round(share * 16 * h * w)
                 counts = [16 * h * w - heavy, heavy]
                 assert cost.paper_total(size, counts) / 1e9 == pytest.approx(gflops, rel=1e-4)
+
+
+def test_relative_costs_are_those_of_16_pixels(carn_pcsr) -> None:
+    """At x1.1 they make 18, and not 17.6."""
+    cost = PcsrCost.of(carn_pcsr)
+    costs = [cost.encoder_paper((16, 16)) + 18**2 * flops for flops in cost.upsampler_flops]
+    expected = [math.log(each / sum(costs)) for each in costs]
+    assert cost.log_costs((40, 30), (44, 33)) == pytest.approx(expected, rel=1e-12)

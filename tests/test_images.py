@@ -322,3 +322,15 @@ def test_tensors_and_back() -> None:
     np.testing.assert_array_equal(to_8_bit(RGB8.astype(np.uint16) * 257), RGB8)
     outside = torch.tensor([-0.1, 0.5, 1.1]).reshape(3, 1, 1)
     assert to_array(outside).ravel().tolist() == [0, 128, 255]
+
+
+def test_every_16_bit_sample_goes_to_the_nearest_of_8_bits() -> None:
+    samples = np.arange(65536, dtype=np.uint16)
+    np.testing.assert_array_equal(to_8_bit(samples), np.rint(samples / 257))
+
+
+def test_colours_divided_by_alpha_are_rounded() -> None:
+    samples = [1, 2, 3, 0, 100, 7, 39999, 40000]
+    picture = decode_picture(tiff(16, 2, samples, 1), "t")
+    expected = np.rint(np.array([100, 7, 39999]) * 65535 / 40000)
+    np.testing.assert_array_equal(picture.rgb[0, 1], expected)

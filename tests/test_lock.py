@@ -1,5 +1,6 @@
 """One process at a time in a folder (utils.lock)."""
 
+import fcntl
 import os
 import platform
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +100,22 @@ def test_an_error_inside_is_not_hidden(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="of the run"), locked(tmp_path / "run"):
         raise OSError("of the run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_file_that_went_before_it_was_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process before removes it between this one's opening and locking it."""
+    folder, lockf = tmp_path / "run", fcntl.lockf
+    calls: list[Any] = []
+
+    def late(*words: Any) -> None:
+        if not calls:
+            (folder / LOCK_NAME).unlink()
+        calls.append(words)
+        lockf(*words)
+
+    monkeypatch.setattr("fcntl.lockf", late)
+    with locked(folder):
+        assert (folder / LOCK_NAME).read_text(encoding="utf-8").startswith("process ")
+    assert len(calls) == 2

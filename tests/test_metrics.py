@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from skimage.color import rgb2ycbcr
 from skimage.data import astronaut
 from skimage.metrics import structural_similarity
 
@@ -97,3 +98,8 @@ def test_bad_input_is_named() -> None:
 
 def test_json_has_no_infinity() -> None:
     assert [json_number(value) for value in (1.5, math.inf, math.nan)] == [1.5, None, None]
+
+
+def test_luma_is_that_of_scikit_image() -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (200, 200, 3)).astype(np.uint8)
+    assert np.array_equal(luma(rgb), np.rint(rgb2ycbcr(rgb)[..., 0]))

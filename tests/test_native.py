@@ -222,6 +222,7 @@ def test_a_damaged_library_is_compiled_anew(fresh: Path, kept: int) -> None:
     whole = path.read_bytes()
     path.unlink()  # not the file that this process has mapped
     path.write_bytes(whole[:kept])
+    assert compiler._loaded(path) is None
     assert compiler.load().tile > 0
     assert any(compiler._loaded(path) is not None for path in fresh.iterdir())
 

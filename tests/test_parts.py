@@ -268,3 +268,13 @@ def test_what_cannot_be_replaced_is_found_before_anything_is_written(
     with pytest.raises(UserError, match=f"{name} is in the way"):
         unpack(tmp_path / "parts", there, there / "before")
     assert contents(there) == before
+
+
+def test_the_end_of_a_part_counts(tmp_path) -> None:
+    """A header and this file fill a record of 10 KiB but for 512 bytes, and the end takes 1024."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(bytes(9216))
+    with pytest.raises(UserError, match="raise --part-mb"):
+        pack([tmp_path / "a"], tmp_path / "parts", 0.01024)
+    (part,) = pack([tmp_path / "a"], tmp_path / "parts", 0.02048)
+    assert part.bytes == 20480

@@ -102,3 +102,8 @@ def test_nonsense_is_refused() -> None:
     for arguments in ({}, {"scale": 0}, {"scale": float("nan")}, {"size": (0, 4)}):
         with pytest.raises(ValueError, match=r"scale|size"):
             imresize(image, **arguments)  # type: ignore[arg-type]
+
+
+def test_rounding_of_a_product_makes_no_pixel_more() -> None:
+    assert 50 * 1.1 > 55
+    assert imresize_uint8(np.zeros((50, 90, 3), np.uint8), 1.1).shape == (55, 99, 3)

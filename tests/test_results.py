@@ -2,13 +2,15 @@
 
 import hashlib
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import learning_page
-from benchmarks.cases import REPOSITORY
+from benchmarks.cases import REPOSITORY, Networks, Source
 from benchmarks.results.lessons import (
     JUDGE,
     PAYS,
@@ -19,8 +21,12 @@ from benchmarks.results.lessons import (
 )
 from benchmarks.results.pages import CARD, README, replaced, texts
 from benchmarks.results.pictures import drawn_with, path_of
+from benchmarks.results.quality import measure_subject
+from benchmarks.results.speed import ORIGINALS, _costs
 from benchmarks.results.subjects import (
+    CONVENTIONS,
     LABELS,
+    ROOT,
     ROUTINGS,
     Subject,
     chosen,
@@ -38,11 +44,18 @@ from benchmarks.results.tables import (
     percent,
     table,
 )
+from engine.evaluation import Evaluation, Figures, Restore, mean_of
+from engine.loading import load_original, load_pcsr
 from engine.rerouted import ReroutedImage, part_way
-from engine.restore import PcsrRestorer
+from engine.restore import OriginalRestorer, PcsrRestorer
+from engine.samples import EvaluationSet, ImagePaths
 from models.routing import FixedRouting
 from tests.test_fast import make_model
 from utils.errors import UserError
+from utils.images import Picture, read_rgb, write_picture
+from utils.metrics import PsnrType
+
+CPU = torch.device("cpu")
 
 RELEASED = [subject for subject in measured_subjects() if not subject.is_official]
 
@@ -158,3 +171,69 @@ def test_part_way_lies_between_the_ends() -> None:
     half = image(part_way(restorer, (20, 24), (80, 96), 0.5)).flops_executed
     assert half <= (light + heavy) / 2
     assert np.isclose(half, (light + heavy) / 2, rtol=0.02)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    """Two small pictures as Set5; figures are written beside them."""
+    monkeypatch.setattr("benchmarks.results.subjects.FIGURES", tmp_path)
+    folder = tmp_path / "data" / "Set5" / "HR"
+    folder.mkdir(parents=True)
+    photo = read_rgb(ROOT / "examples" / "chelsea.png")
+    for index, top in enumerate((100, 60)):
+        crop = np.ascontiguousarray(photo[top : top + 128, 120:248])
+        write_picture(folder / f"{index}.png", Picture(crop))
+    return tmp_path / "data"
+
+
+def test_figures_are_those_of_an_evaluation(data) -> None:
+    (subject,) = chosen(["fsrcnn"])
+    original_path, pcsr_path = subject.weights(None)
+    assert original_path is not None and pcsr_path is not None
+    measure_subject(subject, (original_path, pcsr_path), data, ["Set5"], CPU)
+    rows = read_json(subject.figures_path)["sets"]["Set5"]["rows"]
+    paths = ImagePaths.of_folders(data / "Set5" / "HR")
+
+    def evaluated(restore: Restore, psnr_type: PsnrType) -> Figures:
+        images = EvaluationSet(paths, replace(CONVENTIONS, psnr_type=psnr_type))
+        return mean_of(list(map(Evaluation(images, restore, CPU), range(2))))
+
+    model = load_pcsr(pcsr_path, CPU)
+    refined, unrefined = (PcsrRestorer(model, refinement=each) for each in (True, False))
+    original = OriginalRestorer(load_original(original_path, CPU))
+    for row, restore in (("k0", refined), ("original", original)):
+        rgb, y = evaluated(restore, "rgb"), evaluated(restore, "y")
+        expected = {"psnr_rgb": rgb.psnr, "psnr_y": y.psnr, "ssim_y": y.ssim}
+        expected |= {"flops_paper": rgb.flops_paper, "flops_executed": rgb.flops_executed}
+        if row == "k0":
+            plain = evaluated(unrefined, "rgb").psnr
+            expected |= {"psnr_rgb_unrefined": plain, "heavy_share": rgb.shares[-1]}
+        assert rows[row] == pytest.approx(expected, abs=1e-4)
+
+
+def test_figures_of_other_weights_go(data) -> None:
+    (subject,) = chosen(["fsrcnn"])
+    path = subject.weights(None)[1]
+    assert path is not None
+    for sha256, sets in ((hashlib.sha256(path.read_bytes()).hexdigest(), 2), ("other", 1)):
+        measure_subject(subject, (None, path), data, ["Set5"], CPU)
+        content = read_json(subject.figures_path)
+        content["sets"]["Set14"] = content["sets"]["Set5"]
+        content["pcsr"]["sha256"] = sha256
+        write_figures(subject.figures_path, content)
+        measure_subject(subject, (None, path), data, ["Set5"], CPU)
+        assert len(read_json(subject.figures_path)["sets"]) == sets
+
+
+def test_costs_beside_times_are_those_of_runs() -> None:
+    networks = Networks(Source("fsrcnn", None, None), CPU)
+    lr = torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0))
+    rows = _costs(networks, PcsrRestorer(networks.pcsr), lr)
+    assert set(rows) == {*ORIGINALS, *ROUTINGS}
+    assert rows["original"]["heavy_share"] is None
+    restored = PcsrRestorer(networks.pcsr, FixedRouting(-1))(lr, (80, 96))
+    assert rows["heavy"] == {
+        "flops_paper": restored.flops_paper,
+        "flops_executed": restored.flops_executed,
+        "heavy_share": 1.0,
+    }

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from engine.checkpoints import older_path
+from engine.checkpoints import Checkpoints, older_path
 from engine.run_folder import CONFIG_NAME
 from engine.trainer import Trainer
 from tests.training import (
@@ -442,3 +443,31 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_weights_of_one_left_alone(
     assert checkpoint_of(tmp_path / "killed")["iter"] == 60
     log = (tmp_path / "killed" / "log.txt").read_text(encoding="utf-8")
     assert log.count("resumed at iteration") >= 5
+
+
+def test_the_clock_begins_anew_with_each_checkpoint(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate, save, now, saved = Trainer._iterate, Checkpoints.save, [0.0], []
+
+    def a_second_each(self: Trainer, step: int, batch: Any) -> Any:
+        now[0] += 1
+        return iterate(self, step, batch)
+
+    def noted(self: Checkpoints, content: Any) -> None:
+        saved.append(content["iter"])
+        save(self, content)
+
+    monkeypatch.setattr("engine.saver.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Trainer, "_iterate", a_second_each)
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    run(make_config("fsrcnn", pictures, iter_max=6, iter_save_s=2), tmp_path)
+    assert saved == [2, 4, 6]
+
+
+def test_a_seed_that_was_drawn_is_that_of_the_whole_run(pictures: Path, tmp_path: Path) -> None:
+    seeds = []
+    for end in (1, 2):
+        run(make_config("fsrcnn", pictures, iter_max=end, seed=None), tmp_path)
+        seeds.append(checkpoint_of(tmp_path)["seed"])
+    assert seeds[0] == seeds[1]

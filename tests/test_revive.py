@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.unit_probe import Probe
 from tests.training import (
     SOAP,
     checkpoint_of,
@@ -100,3 +101,17 @@ def test_iterations_that_cannot_be_are_refused(pictures: Path) -> None:
     for value in ([-1], [1.5], 3, ["a"]):
         with pytest.raises(UserError, match="`revive` must be"):
             make_config("carn", pictures, revive=value)
+
+
+def test_each_time_other_weights_are_drawn(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revive, seeds = Probe.revive, []
+
+    def noted(self: Probe, seed: int) -> dict[str, torch.Tensor]:
+        seeds.append(seed)
+        return revive(self, seed)
+
+    monkeypatch.setattr(Probe, "revive", noted)
+    run(make_config("fsrcnn", pictures, iter_max=3, seed=5, revive=[0, 2]), tmp_path)
+    assert seeds == [5, 7]

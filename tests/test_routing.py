@@ -132,3 +132,19 @@ def test_golden_class_maps(shared: Path) -> None:
     for name, routing in policies.items():
         classes = routing.classes(relative_to_lightest(logits), CARN_COSTS)[0].numpy()
         assert (classes == golden[f"{name}_class"]).mean() >= 0.9999, name
+
+
+def test_lloyds_iterations_end_after_the_published_number() -> None:
+    """On scores whose upper tail lets the threshold go on for longer."""
+    scores = torch.arange(2**16, dtype=torch.float64) / 2**16
+    counts = (scores + 0.02) ** -4 * (4 * scores).exp()
+    thresholds, light, heavy = [], 0.0, float((counts * scores).sum() / counts.sum())
+    for _ in range(21):
+        thresholds.append((light + heavy) / 2)
+        upper = scores > thresholds[-1]
+        light, heavy = (
+            float((counts * scores)[part].sum() / counts[part].sum()) for part in (~upper, upper)
+        )
+    found = lloyd_threshold(torch.stack([counts, counts * scores]))
+    assert found == pytest.approx(thresholds[18], abs=1e-9)
+    assert abs(thresholds[19] - found) > 1e-3

@@ -14,14 +14,15 @@ import models
 from engine.conventions import Conventions
 from engine.restore import Patches, PcsrRestorer
 from engine.samples import EvaluationSample
-from engine.sweep import STEPS, Point, PointFigures, points_for, sweep_image
+from engine.sweep import STEPS, Point, PointFigures, _Swept, points_for, sweep_image
+from engine.sweep_report import print_table
 from models.routing import AdaptiveRouting, FixedRouting, KRouting, Routing
 from tests.test_fast import make_model
 from tests.test_test_scripts import REPOSITORY, run_script
 from tests.training import make_pictures
 from utils.checkpoint import save_checkpoint
 from utils.config import load_config
-from utils.images import Picture, list_images, read_rgb, write_picture
+from utils.images import Picture, list_images, read_rgb, to_tensor, write_picture
 from utils.metrics import psnr
 
 CPU = torch.device("cpu")
@@ -230,3 +231,30 @@ def test_one_upsampler_cannot_be_swept(run) -> None:
     code, _, errors = run("--sweep", weights="tiny-pcsr-phase0.pth")
     assert code == 2
     assert "nothing to choose" in errors
+
+
+def test_a_line_of_the_table() -> None:
+    lines: list[str] = []
+    figures = PointFigures(30.0, 4e9, 1e9, [0.25, 0.75], 0.5)
+    print_table([Point("mark", "ADM")], [figures], 2e9, is_timed=False, write=lines.append)
+    (line,) = [line for line in lines if line.startswith("ADM")]
+    assert line.split() == ["ADM", "30.000", "4.0000", "1.0000", "0.500", "25.00", "75.00", "0.500"]
+
+
+@pytest.mark.parametrize("psnr_type", ["rgb", "y"])
+def test_the_oracle_knows_the_errors_that_are_measured(psnr_type, sample) -> None:
+    restorer = PcsrRestorer(make_model("carn"), refinement=False)
+    conventions = dataclasses.replace(CONVENTIONS, psnr_type=psnr_type)
+    gains = _Swept(restorer, sample, CPU, conventions).gains_BKHW
+    light, heavy = (
+        PcsrRestorer(restorer.model, FixedRouting(index), refinement=False)(
+            sample.lr, sample.size
+        ).sr.clamp(0, 1)
+        - to_tensor(sample.hr)
+        for index in (0, 1)
+    )
+    if psnr_type == "y":
+        luma = torch.tensor([[65.481, 128.553, 24.966]])
+        light, heavy = (torch.tensordot(luma, each, 1) for each in (light, heavy))
+    expected = light.square().sum(0) - heavy.square().sum(0)
+    torch.testing.assert_close(gains[0, 0], expected, rtol=1e-3, atol=1e-3 * float(expected.std()))

@@ -1,5 +1,7 @@
 """The queue of trainings: what is trained, resumed and skipped."""
 
+import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -147,3 +149,35 @@ def test_help(command, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse_arguments()
     assert f"python -m engine.train_queue {command}" in capsys.readouterr().out
+
+
+def test_no_run_is_begun_within_the_margin(tmp_path) -> None:
+    job = make_job(tmp_path, "fsrcnn", tmp_path / "nowhere")
+    assert train([job], seconds=20.0) == {"fsrcnn": "no time left"}
+
+
+def test_released_weights_that_are_older_than_the_run_are_made_anew(tmp_path) -> None:
+    job = make_job(tmp_path, "fsrcnn", make_pictures(tmp_path / "pictures"), iter_max=1)
+    assert train([job]) == {"fsrcnn": "finished"}
+    released = job.folder / RELEASE_NAME
+    released.write_bytes(b"of an earlier end")
+    os.utime(released, (1, 1))
+    assert train([job], seconds=0.0) == {"fsrcnn": "finished"}
+    assert load_checkpoint(released)["iter"] == 1
+
+
+def test_released_weights_of_an_earlier_end_are_no_iterations_done(tmp_path) -> None:
+    job = make_job(tmp_path, "fsrcnn", tmp_path / "nowhere", iter_max=9)
+    job.folder.mkdir(parents=True)
+    content = {"model": {"name": "fsrcnn", "sd": {"w": torch.zeros(1)}}, "iter": 6}
+    save_checkpoint(job.folder / RELEASE_NAME, content)
+    assert job.iteration == 0 and not job.is_finished
+
+
+@pytest.mark.parametrize(
+    ("number", "state"), [(15, "stopped"), (9, f"{FAILED} with exit code 137")]
+)
+def test_a_run_that_dies_of_a_signal(number: int, state: str, tmp_path, monkeypatch) -> None:
+    words = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"]
+    monkeypatch.setattr(Job, "command", lambda *_: words)
+    assert train([make_job(tmp_path, "fsrcnn", tmp_path)]) == {"fsrcnn": state}

@@ -183,3 +183,15 @@ def test_compiling_is_refused_in_one_line_where_it_cannot_be(
     with pytest.raises(UserError, match="`compile: default` needs a working compiler") as caught:
         call(torch.rand(2, 3), torch.rand(2, 3))
     assert "\n" not in str(caught.value)
+
+
+def test_an_average_begins_at_the_weights_that_a_run_begins_with(
+    pictures: Path, tmp_path: Path
+) -> None:
+    run(make_config("fsrcnn", pictures, iter_max=1), tmp_path / "before")
+    config = make_config("fsrcnn", pictures, iter_max=1, seed=1, ema=0.9)
+    run(config, tmp_path / "after", init=str(tmp_path / "before" / LAST_NAME))
+    checkpoint = checkpoint_of(tmp_path / "after")
+    for key, value in checkpoint["ema"]["sd"].items():
+        # One step of Adam moves a weight by the rate, 1e-3.
+        torch.testing.assert_close(value, checkpoint["model"]["sd"][key], rtol=0, atol=1e-3)

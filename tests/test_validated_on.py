@@ -5,8 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import models
 from engine.data import validation_sets
-from engine.validation import validated_on
+from engine.validation import validate, validated_on
+from tests.training import ONE, model_spec
 from utils.config import DataConfig
 from utils.metrics import PsnrType
 
@@ -31,3 +35,11 @@ def test_what_a_run_is_validated_on(pictures: Path, tmp_path: Path) -> None:
     next((tmp_path / "copy").iterdir()).unlink()
     others.append(name(args=elsewhere))
     assert len({name(), *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_validation_leaves_the_model_in_its_mode(is_training: bool) -> None:
+    """Batch norm would go on with its running statistics."""
+    model = models.make(model_spec("fsrcnn")).train(is_training)
+    assert validate(model, [], psnr_type="rgb", world=ONE) == []
+    assert all(module.training == is_training for module in model.modules())
