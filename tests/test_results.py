@@ -22,7 +22,7 @@ from benchmarks.results.lessons import (
 from benchmarks.results.pages import CARD, README, replaced, texts
 from benchmarks.results.pictures import drawn_with, path_of
 from benchmarks.results.quality import measure_subject
-from benchmarks.results.speed import ORIGINALS, _costs
+from benchmarks.results.speed import ORIGINALS, WITH_MEMORY, _costs, measure_speed
 from benchmarks.results.subjects import (
     CONVENTIONS,
     LABELS,
@@ -236,4 +236,24 @@ def test_costs_beside_times_are_those_of_runs() -> None:
         "flops_paper": restored.flops_paper,
         "flops_executed": restored.flops_executed,
         "heavy_share": 1.0,
+    }
+
+
+def test_times_are_of_every_case_on_the_picture_and_on_images(data, monkeypatch) -> None:
+    (data / "Set5").rename(data / "BSD100")
+    monkeypatch.setattr("benchmarks.results.speed.LR_SIZE", (24, 32))
+    monkeypatch.setattr("benchmarks.results.speed.EVERY", 1)
+    monkeypatch.setattr("benchmarks.results.speed.IMAGE_ROUNDS", 3)
+    monkeypatch.setattr("benchmarks.results.speed.peak_memory", lambda job: job.lr_size[0])
+    (subject,) = chosen(["fsrcnn"])
+    measure_speed(subject, subject.weights(None), data, CPU, 3)
+    content = read_json(subject.speed_path)
+    committed = read_json(ROOT / "results" / "figures" / subject.speed_path.name)
+    assert content.keys() == committed.keys() and content["pcsr"] == committed["pcsr"]
+    for part in ("picture", "images"):
+        assert content[part]["rows"].keys() == committed[part]["rows"].keys()
+        assert all(row["time_s"] > 0 for row in content[part]["rows"].values())
+    rows = content["picture"]["rows"]
+    assert {key for key, row in rows.items() if row.get("peak_memory_bytes") == 24} == {
+        *WITH_MEMORY
     }

@@ -261,7 +261,7 @@ def _slower(subjects: Sequence[Subject]) -> str:
                 found.setdefault(subject.title, []).append(LABELS[key].removeprefix("PCSR, "))
     if not found:
         return "No routing takes clearly longer than all-heavy."
-    each = "; ".join(f"{title} by {', '.join(labels)}" for title, labels in found.items())
+    each = "; ".join(f"{', '.join(labels)} of {title}" for title, labels in found.items())
     return _filled(
         f"Some routings execute less than all-heavy and take clearly longer all the same: {each}. "
         "There all-heavy is both better and faster: choosing the pixels takes longer than they do.",
