@@ -107,7 +107,7 @@ def _mean_squares(sr: Tensor, hr: NDArray[np.uint8], border: int) -> dict[str, N
 def _squares(sr_3rW: Tensor, hr_rW3: NDArray) -> dict[str, NDArray]:
     """Sums of squared differences over the pixels, per channel."""
     rounded_rW3 = quantise(sr_3rW).astype(np.float64)
-    exact_rW3 = sr_3rW.detach().double().clamp(0, 1).mul(255).permute(1, 2, 0).cpu().numpy()
+    exact_rW3 = sr_3rW.detach().cpu().double().clamp(0, 1).mul(255).permute(1, 2, 0).numpy()
     sums = {
         name: _sum_of_squares(channels(rounded_rW3) - channels(hr_rW3))
         for name, channels in _CHANNELS.items()
@@ -120,9 +120,8 @@ def _squares(sr_3rW: Tensor, hr_rW3: NDArray) -> dict[str, NDArray]:
 
 
 def _sum_of_squares(difference: NDArray) -> NDArray:
-    return (
-        np.square(difference).reshape(-1, difference.shape[2] if difference.ndim == 3 else 1).sum(0)
-    )
+    """Per channel (C,), of (r, W, C) or of the one channel (r, W)."""
+    return np.square(np.atleast_3d(difference)).sum((0, 1))
 
 
 def _decibels(squares_C: NDArray) -> float:
