@@ -51,6 +51,7 @@ class Events:
         """`write`, which does nothing from its first failure on."""
 
         def guarded(*args: Any) -> Any:
+            """What `write` returns; None where it fails, or has failed before."""
             if self._failed:
                 return None
             try:

@@ -28,9 +28,8 @@ SSIM_CONVENTION = (
     "Gaussian 11x11 window, sigma 1.5, population covariance, data range 255, "
     "valid positions only, mean over channels"
 )
-# BT.601 limited-range Y of 8-bit RGB: the products' sum, and what is added.
+# BT.601 limited-range Y of 8-bit RGB, but for the 16 that is added.
 LUMA = np.array([65.481, 128.553, 24.966]) / 255
-LUMA_OFFSET = 16.0
 _STRIP_ROWS = 512
 
 
@@ -58,7 +57,7 @@ def quantise(image: Tensor | NDArray) -> NDArray[np.uint8]:
 
 def luma(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """BT.601 limited-range Y, (H, W) uint8 in 16..235, of an (H, W, 3) uint8 image."""
-    return np.rint(rgb @ LUMA + LUMA_OFFSET).astype(np.uint8)
+    return np.rint(rgb @ LUMA + 16).astype(np.uint8)
 
 
 def psnr(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from utils.metrics import LUMA, LUMA_OFFSET, luma, quantise
+from utils.metrics import LUMA, luma, quantise
 
 # PSNR in dB per channels' name, and of that per border.
 Psnrs = Mapping[str, Mapping[int, float]]
@@ -20,28 +20,12 @@ WIDER_PX = 6
 _STRIP_ROWS = 512
 
 
-def _limited_y(rgb_rW3: NDArray) -> NDArray:
-    return rgb_rW3 @ LUMA + LUMA_OFFSET
-
-
-def _full_y(rgb_rW3: NDArray) -> NDArray:
-    return rgb_rW3 @ np.array([0.299, 0.587, 0.114])
-
-
-def _rounded_y(rgb_rW3: NDArray) -> NDArray:
-    return luma(rgb_rW3.astype(np.uint8)).astype(np.float64)
-
-
-def _same(rgb_rW3: NDArray) -> NDArray:
-    return rgb_rW3
-
-
-# What is compared of an 8-bit image.
+# What is compared of an 8-bit image, up to what is added to all of it.
 _CHANNELS: dict[str, Callable[[NDArray], NDArray]] = {
-    "rgb": _same,
-    "y": _rounded_y,
-    "y not rounded": _limited_y,
-    "y full range": _full_y,
+    "rgb": lambda rgb_rW3: rgb_rW3,
+    "y": lambda rgb_rW3: luma(rgb_rW3.astype(np.uint8)).astype(np.float64),
+    "y not rounded": lambda rgb_rW3: rgb_rW3 @ LUMA,
+    "y full range": lambda rgb_rW3: rgb_rW3 @ np.array([0.299, 0.587, 0.114]),
 }
 _NOT_ROUNDED = "rgb not rounded"
 _BY_CHANNEL = "mean of r, g, b"
@@ -70,9 +54,24 @@ def psnrs(sr: Tensor, hr: NDArray[np.uint8], border_px: int) -> Psnrs:
     Returns:
         dB: inf for equal images, nan where no pixel lies inside the border.
     """
-    means = {border: _mean_squares(sr, hr, border) for border in borders(border_px)}
+    height, width = hr.shape[:2]
+    sums: dict[tuple[str, int], NDArray | float] = {}
+    for top in range(0, height, _STRIP_ROWS):
+        rows = slice(top, min(top + _STRIP_ROWS, height))
+        for name, squares_rWC in _squares(sr[:, rows], hr[rows].astype(np.float64)).items():
+            for border in borders(border_px):
+                first = max(border - top, 0)
+                last = min(height - border, rows.stop) - top
+                inner = squares_rWC[first : max(first, last), border : max(border, width - border)]
+                sums[name, border] = sums.get((name, border), 0.0) + inner.sum((0, 1))
+    pixels = {
+        border: max(0, height - 2 * border) * max(0, width - 2 * border)
+        for border in borders(border_px)
+    }
     return {
-        name: {border: _decibels(squares[name]) for border, squares in means.items()}
+        name: {
+            border: _decibels(sums[name, border], name, count) for border, count in pixels.items()
+        }
         for name in NAMES
     }
 
@@ -86,45 +85,27 @@ def mean_psnrs(images: Sequence[Psnrs]) -> Psnrs:
     }
 
 
-def _mean_squares(sr: Tensor, hr: NDArray[np.uint8], border: int) -> dict[str, NDArray]:
-    """Mean squared difference per channel (C,), by each name; nan for an empty image."""
-    height, width = hr.shape[:2]
-    columns = slice(border, width - border)
-    pixels = max(0, height - 2 * border) * max(0, width - 2 * border)
-    sums: dict[str, NDArray] = {}
-    for top in range(border, height - border, _STRIP_ROWS):
-        rows = slice(top, min(top + _STRIP_ROWS, height - border))
-        sr_3rW, hr_rW3 = sr[:, rows, columns], hr[rows, columns].astype(np.float64)
-        if not hr_rW3.size:
-            continue
-        for name, squares in _squares(sr_3rW, hr_rW3).items():
-            sums[name] = sums.get(name, 0.0) + squares
-    if not sums:
-        return dict.fromkeys(NAMES, np.array([math.nan]))
-    return {name: values / pixels for name, values in sums.items()}
-
-
 def _squares(sr_3rW: Tensor, hr_rW3: NDArray) -> dict[str, NDArray]:
-    """Sums of squared differences over the pixels, per channel."""
+    """Squared differences (r, W, C) of what each name compares."""
     rounded_rW3 = quantise(sr_3rW).astype(np.float64)
     exact_rW3 = sr_3rW.detach().cpu().double().clamp(0, 1).mul(255).permute(1, 2, 0).numpy()
-    sums = {
-        name: _sum_of_squares(channels(rounded_rW3) - channels(hr_rW3))
+    squares = {
+        name: np.square(np.atleast_3d(channels(rounded_rW3) - channels(hr_rW3)))
         for name, channels in _CHANNELS.items()
     }
-    sums[_BY_CHANNEL] = sums["rgb"]
-    # As one channel, whose PSNR is that of all three together.
-    sums["rgb"] = sums["rgb"].mean(keepdims=True)
-    sums[_NOT_ROUNDED] = _sum_of_squares(exact_rW3 - hr_rW3).mean(keepdims=True)
-    return sums
+    return {
+        **squares,
+        _BY_CHANNEL: squares["rgb"],
+        _NOT_ROUNDED: np.square(exact_rW3 - hr_rW3),
+    }
 
 
-def _sum_of_squares(difference: NDArray) -> NDArray:
-    """Per channel (C,), of (r, W, C) or of the one channel (r, W)."""
-    return np.square(np.atleast_3d(difference)).sum((0, 1))
-
-
-def _decibels(squares_C: NDArray) -> float:
-    """PSNR at peak 255; of several channels the mean of theirs."""
+def _decibels(sums_C: NDArray | float, name: str, pixels: int) -> float:
+    """PSNR at peak 255: of all channels together, or the mean of theirs."""
+    if not pixels:
+        return math.nan
+    means_C = np.atleast_1d(sums_C) / pixels
+    if name != _BY_CHANNEL:
+        means_C = means_C.mean(keepdims=True)
     with np.errstate(divide="ignore"):
-        return float(np.mean(10 * np.log10(255**2 / squares_C)))
+        return float(np.mean(10 * np.log10(255**2 / means_C)))

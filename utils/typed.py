@@ -29,6 +29,7 @@ def is_tree(value: Any) -> bool:
     sizes: dict[int, float] = {}
 
     def size(value: Any, level: int) -> float:
+        """How many values there are, itself included; infinite for too many levels."""
         if not isinstance(value, (Mapping, list, tuple)):
             return 1
         if level > _MOST_LEVELS:

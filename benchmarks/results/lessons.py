@@ -36,6 +36,7 @@ JUDGE = SETS[-1]
 TOLERANCE_DB = 0.03
 # More than times of the same differ by.
 _CLEARLY = 1.05
+_WIDTH = 100
 _PARTS = tuple(key for key in ROUTINGS if key.startswith("way"))
 PAYS = "pays"
 _WORDS = {"k0": "--k 0", "adm": "--adaptive", "heavy": "--upsampler heavy"}
@@ -81,7 +82,7 @@ names): "costs quality" where PCSR saw fewer than its original speaks of the tra
 
 {clock}
 
-   {slower}
+{slower}
 
 4. **Where the pixels are.** The classifier's order of pixels is the same for `k`, ADM and budgets;
    they differ in where each image stops. A budget stops every image at the same cost, which is
@@ -121,7 +122,7 @@ def lessons_text() -> str:
         ranges=_indented(_ranges(subjects)),
         fsrcnn=_counted(subjects),
         clock=_indented(_clock(subjects)),
-        slower=_slower(subjects),
+        slower=_indented(_slower(subjects)),
         spread=_spread(subjects),
         gains_of=carn.title,
         first_quarter=_gain(carn, "light", "way25"),
@@ -246,7 +247,8 @@ def _machines(subjects: Sequence[Subject]) -> str:
     if len(titles) < 2:
         return f"Times are of {''.join(titles)}." if titles else "No times were measured."
     each = "; ".join(f"{' and '.join(names)}: {machine}" for machine, names in titles.items())
-    return _filled(f"Times are of different CPUs, and compare where the CPU is the same. {each}.")
+    text = f"Times are of different CPUs, and compare where the CPU is the same. {each}."
+    return textwrap.fill(text, _WIDTH)
 
 
 def _slower(subjects: Sequence[Subject]) -> str:
@@ -262,11 +264,11 @@ def _slower(subjects: Sequence[Subject]) -> str:
     if not found:
         return "No routing takes clearly longer than all-heavy."
     each = "; ".join(f"{', '.join(labels)} of {title}" for title, labels in found.items())
-    return _filled(
+    text = (
         f"Some routings execute less than all-heavy and take clearly longer all the same: {each}. "
-        "There all-heavy is both better and faster: choosing the pixels takes longer than they do.",
-        indent="   ",
-    ).lstrip()
+        "There all-heavy is both better and faster: choosing the pixels takes longer than they do."
+    )
+    return textwrap.fill(text, _WIDTH - 3)
 
 
 def _counted(subjects: Sequence[Subject]) -> str:
@@ -373,10 +375,6 @@ def _advised(subject: Subject, keys: Sequence[str]) -> str | None:
         of_time = "time not measured" if time is None else f"{percent(time)} of the time"
         return f"`{words}`{more}: {percent(share)} of the FLOPs, {of_time}"
     return None
-
-
-def _filled(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)
 
 
 def _indented(text: str) -> str:
